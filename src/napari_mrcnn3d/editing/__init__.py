@@ -1,0 +1,1 @@
+"""Measurements and corrections of instances, as pure functions."""

@@ -1,0 +1,1 @@
+"""From an image to candidates, and from candidates to labels."""

@@ -1,0 +1,1 @@
+"""Agreement of a prediction with ground truth."""
