@@ -54,7 +54,7 @@ class ModelConfig(_Config):
     stem_kernel: Triple = Field((3, 5, 5), description="Kernel of the first convolution.")
     stem_stride: Triple = Field((1, 2, 2), description="Stride of the first convolution, per axis.")
     stem_pool: bool = Field(False, description="Max-pool by 2 after the first convolution (the predecessor's).")
-    stage_channels: tuple[int, ...] = Field((32, 64, 128, 192), description="Output channels of each stage.")
+    stage_channels: tuple[int, ...] = Field((32, 64, 96, 128), description="Output channels of each stage.")
     stage_blocks: tuple[int, ...] = Field((1, 2, 2, 2), description="Residual blocks in each stage.")
     stage_strides: tuple[Triple, ...] = Field(
         ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)), description="Stride of each stage, per axis."
@@ -73,9 +73,10 @@ class ModelConfig(_Config):
     rpn_assignment: Literal["atss", "iou"] = Field("atss", description="How anchors are matched to objects.")
     rpn_fg_iou: Share = Field(0.5, description="IoU from which an anchor is positive (assignment by IoU).")
     rpn_bg_iou: Share = Field(0.3, description="IoU below which an anchor is negative (assignment by IoU).")
-    rpn_atss_candidates: PositiveInt = Field(9, description="Nearest anchors per level that compete for an object.")
+    rpn_atss_candidates: PositiveInt = Field(9, description="Nearest cells per level whose anchors compete for an object.")
     rpn_batch_size: PositiveInt = Field(256, description="Anchors sampled per image for the loss.")
     rpn_positive_fraction: Share = Field(0.5, description="Largest share of positives among them.")
+    rpn_hard_negatives: bool = Field(True, description="Prefer background anchors that look like objects in the loss.")
     rpn_pre_nms_top_n: PositiveInt = Field(1500, description="Proposals per level before suppression.")
     rpn_post_nms_top_n_train: PositiveInt = Field(256, description="Proposals kept for training the heads.")
     rpn_post_nms_top_n: PositiveInt = Field(1000, description="Proposals kept in prediction, per tile.")
@@ -168,7 +169,9 @@ class PredictConfig(_Config):
 class DataConfig(_Config):
     """Where training pairs come from and how they are cut and varied."""
 
-    patch_size: Triple = Field((48, 96, 96), description="Patch in voxels, z y x; smaller images are padded.")
+    patch_size: Triple | None = Field(
+        None, description="Patch in voxels, z y x; chosen from the images and objects if not given."
+    )
     validation: tuple[str, ...] = Field(
         (), description="Groups kept for validation (for example Emb10 Emb11); drawn by validation_share if empty."
     )
@@ -185,6 +188,7 @@ class DataConfig(_Config):
 class TrainConfig(_Config):
     """How the network is trained."""
 
+    fit_model: bool = Field(True, description="Fit anchors, strides and mask size to the training objects first.")
     steps: PositiveInt = Field(2000, description="Training steps.")
     minutes: PositiveFloat | None = Field(None, description="Stop after this time instead; the schedule follows it.")
     batch_size: PositiveInt = Field(1, description="Patches per step.")
@@ -274,6 +278,7 @@ def _seed_model() -> ModelConfig:
         rpn_fg_iou=0.7,
         rpn_bg_iou=0.3,
         rpn_batch_size=1500,
+        rpn_hard_negatives=False,
         rpn_pre_nms_top_n=2000,
         rpn_post_nms_top_n_train=500,
         rpn_post_nms_top_n=500,
@@ -309,4 +314,5 @@ def _seed_training() -> TrainConfig:
         clip_norm=0.0,
         ema=0.0,
         precision="fp32",
+        fit_model=False,
     )

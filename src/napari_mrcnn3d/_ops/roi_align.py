@@ -1,0 +1,122 @@
+"""RoIAlign in 3D: box-shaped crops of a feature map on a regular grid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from napari_mrcnn3d._ops import _torch
+from napari_mrcnn3d._ops._torch import RoIGrid
+from napari_mrcnn3d._ops.boxes import check_boxes, check_device, check_rows, check_size
+
+
+class _RoIAlign(torch.autograd.Function):
+    """The operation. It is linear in the features, so its gradient is its transpose, whose gradient it is."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGrid) -> Tensor:
+        ctx.save_for_backward(boxes, batch_index)
+        ctx.grid, ctx.shape = grid, tuple(features.shape)
+        with torch.autocast(features.device.type, enabled=False):
+            return _torch.roi_align(features, boxes, batch_index, grid).to(features.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        boxes, batch_index = ctx.saved_tensors
+        result = _RoIAlignTransposed.apply(grad, boxes, batch_index, ctx.grid, ctx.shape)  # type: ignore[no-untyped-call]
+        return result, None, None, None
+
+
+class _RoIAlignTransposed(torch.autograd.Function):
+    """Values on the grids of the RoIs, spread back over the feature cells."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGrid, shape: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(boxes, batch_index)
+        ctx.grid = grid
+        with torch.autocast(values.device.type, enabled=False):
+            return _torch.roi_align_transposed(values, boxes, batch_index, grid, shape).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        boxes, batch_index = ctx.saved_tensors
+        result = _RoIAlign.apply(grad, boxes, batch_index, ctx.grid)  # type: ignore[no-untyped-call]
+        return result, None, None, None, None
+
+
+def roi_align_3d(
+    features: Tensor,
+    boxes: Tensor,
+    batch_index: Tensor,
+    output_size: tuple[int, int, int],
+    spatial_scale: tuple[float, float, float],
+    sampling_ratio: int = 1,
+) -> Tensor:
+    """Features inside each box, resampled to one grid size.
+
+    Parameters
+    ----------
+    features : Tensor[N, C, D, H, W]
+        float32, float64, or half precision (which is computed in float32). Fastest in channels_last_3d.
+    boxes : Tensor[K, 6]
+        z1, y1, x1, z2, y2, x2 in voxels of the network's input, half-open; float32 or float64. They may leave
+        the feature map.
+    batch_index : integer Tensor[K]
+        Which of the N feature maps each box looks at.
+    output_size : tuple of int
+        Bins per box along z, y, x.
+    spatial_scale : tuple of float
+        Feature cells per input voxel along z, y, x, e.g. (1, 1/4, 1/4).
+    sampling_ratio : int
+        Samples per bin along each axis; their mean is the bin's value.
+
+    Returns
+    -------
+    Tensor[K, C, PD, PH, PW]
+        In the type of ``features``, channels_last_3d. The gradient goes to ``features`` only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong shape, type, device or range; the message names it.
+
+    Notes
+    -----
+    He et al. 2017 (arXiv:1703.06870) with the half-pixel convention of torchvision's ``aligned=True``, along
+    three axes: the centre of cell i is at i + 0.5. A sample more than half a cell outside the map, or at no
+    number, contributes 0; one within that half cell takes the border's value. A box of zero or negative size
+    samples one point, or mirrored; a box whose ``batch_index`` is not in [0, N) gives zeros. Positions, weights and
+    sums are float32 (float64 for float64 features), with or without autocast. What features that are not finite
+    do to the other bins of a box is not defined.
+    """
+    _check_features(features)
+    check_boxes(boxes)
+    check_device(boxes, "boxes", features.device)
+    check_rows(batch_index, "batch_index", boxes, integer=True)
+    size = check_size(output_size, "output_size")
+    if len(spatial_scale) != 3 or not all(math.isfinite(s) and s > 0 for s in spatial_scale):
+        raise ValueError(f"spatial_scale must be three positive numbers, got {spatial_scale!r}")
+    if int(sampling_ratio) != sampling_ratio or sampling_ratio < 1:
+        raise ValueError(f"sampling_ratio must be a whole number of at least 1, got {sampling_ratio}")
+    scale_z, scale_y, scale_x = (float(s) for s in spatial_scale)
+    grid = RoIGrid(size, (scale_z, scale_y, scale_x), int(sampling_ratio))
+    precision = torch.promote_types(features.dtype, torch.float32)
+    result: Tensor = _RoIAlign.apply(  # type: ignore[no-untyped-call]
+        features, boxes.detach().to(precision), batch_index, grid
+    )
+    return result
+
+
+def _check_features(features: Tensor) -> None:
+    """Refuse what is not a floating tensor [N, C, D, H, W] with cells along each spatial axis."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a tensor, got {type(features).__name__}")
+    if features.ndim != 5 or 0 in features.shape[2:]:
+        raise ValueError(f"features must have shape [N, C, D, H, W] with D, H, W > 0, got {list(features.shape)}")
+    if not features.dtype.is_floating_point:
+        raise TypeError(f"features must be floating point, got {features.dtype}")

@@ -1,0 +1,133 @@
+"""Residual backbone with a stride per axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from napari_mrcnn3d.config import ModelConfig, Triple
+
+__all__ = ["Affine", "ResNet3D", "conv3d", "norm3d"]
+
+
+class Affine(nn.Module):
+    """A learnt scale and shift per channel: what batch normalisation with frozen initial statistics amounts to."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift ``x[N, C, D, H, W]``."""
+        shape = (1, -1, 1, 1, 1)
+        return x * self.weight.view(shape).to(x.dtype) + self.bias.view(shape).to(x.dtype)
+
+
+def norm3d(kind: str, channels: int) -> nn.Module:
+    """Normalisation that works for a batch of one: groups of eight channels, or a plain scale and shift."""
+    if kind == "affine":
+        return Affine(channels)
+    groups = max(g for g in range(1, max(channels // 8, 1) + 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+def conv3d(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), *, bias: bool = False) -> nn.Conv3d:
+    """Convolution whose output cell ``i`` is centred on the middle of the ``stride`` input voxels it stands for.
+
+    An odd kernel with stride 2 is centred on the first of its two voxels, half a cell off what anchors and RoIAlign
+    assume; along such axes the kernel is one longer.
+    """
+    size = tuple(k + (s % 2 == 0) if k > 1 else s for k, s in zip(kernel, stride, strict=True))
+    padding = tuple((k - s) // 2 for k, s in zip(size, stride, strict=True))
+    return nn.Conv3d(inputs, outputs, size, stride, padding, bias=bias)
+
+
+class _BasicBlock(nn.Module):
+    """Two 3³ convolutions and a shortcut (He et al. 2016, arXiv:1512.03385, fig. 5 left)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: Triple, norm: str) -> None:
+        super().__init__()
+        k = (3, 3, 3)
+        self.body = nn.Sequential(
+            conv3d(inputs, outputs, k, stride),
+            norm3d(norm, outputs),
+            nn.ReLU(inplace=True),
+            conv3d(outputs, outputs, k),
+            norm3d(norm, outputs),
+        )
+        self.shortcut = _shortcut(inputs, outputs, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class _Bottleneck(nn.Module):
+    """1³, 3³, 1³ convolutions and a shortcut (He et al. 2016, fig. 5 right)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: Triple, norm: str) -> None:
+        super().__init__()
+        inner, one = outputs // 4, (1, 1, 1)
+        self.body = nn.Sequential(
+            conv3d(inputs, inner, one),
+            norm3d(norm, inner),
+            nn.ReLU(inplace=True),
+            conv3d(inner, inner, (3, 3, 3), stride),
+            norm3d(norm, inner),
+            nn.ReLU(inplace=True),
+            conv3d(inner, outputs, one),
+            norm3d(norm, outputs),
+        )
+        self.shortcut = _shortcut(inputs, outputs, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def _shortcut(inputs: int, outputs: int, stride: Triple, norm: str) -> nn.Module:
+    if inputs == outputs and stride == (1, 1, 1):
+        return nn.Identity()
+    return nn.Sequential(conv3d(inputs, outputs, (1, 1, 1), stride), norm3d(norm, outputs))
+
+
+class ResNet3D(nn.Module):
+    """Residual network that gives the output of every stage.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        ``block``, ``norm``, ``stem_*`` and ``stage_*`` are used.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        block = _BasicBlock if config.block == "basic" else _Bottleneck
+        stem: list[nn.Module] = [
+            conv3d(1, config.stem_channels, config.stem_kernel, config.stem_stride),
+            norm3d(config.norm, config.stem_channels),
+            nn.ReLU(inplace=True),
+        ]
+        if config.stem_pool:
+            stem.append(nn.MaxPool3d(2))
+        self.stem = nn.Sequential(*stem)
+        self.stages = nn.ModuleList()
+        width = config.stem_channels
+        for outputs, blocks, stride in zip(
+            config.stage_channels, config.stage_blocks, config.stage_strides, strict=True
+        ):
+            layers = [block(width, outputs, stride, config.norm)]
+            layers += [block(outputs, outputs, (1, 1, 1), config.norm) for _ in range(blocks - 1)]
+            self.stages.append(nn.Sequential(*layers))
+            width = outputs
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features of each stage, finest first, for ``x[N, 1, D, H, W]`` whose extent the strides divide."""
+        x = self.stem(x)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features

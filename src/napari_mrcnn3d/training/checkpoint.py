@@ -1,0 +1,55 @@
+"""The state of a training run on disk: what a killed run needs to go on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from napari_mrcnn3d.structures import UserError
+
+__all__ = ["checkpoint_path", "load_checkpoint", "save_checkpoint"]
+
+
+def checkpoint_path(model_file: Path) -> Path:
+    """Where the run that makes this model file keeps its state."""
+    return model_file.with_name(model_file.name + ".checkpoint")
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a state of tensors, numbers and texts, beside and renamed.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be written; an earlier checkpoint stays.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, beside)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"The checkpoint cannot be written to {path} ({error}): is the disk full?") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a state; code in the file is never run.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path} to resume from: start without resuming.")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"The checkpoint {path} is damaged: delete it and start anew.") from error
+    return state
