@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,13 @@ _ROIS_AT_ONCE = 256
 
 _VOXELS_AT_ONCE = 1 << 20
 """Voxels of a mask that are interpolated in one go."""
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off for what runs inside, where the device has it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- boxes
@@ -306,7 +314,7 @@ def paint_mask(volume: Tensor, mask: Tensor, corners: list[float], label: int, t
         if span is None:
             return
         spans.append(span)
-    in_z, in_y, in_x = (torch.from_numpy(span.weights).to(mask) for span in spans)
+    in_z, in_y, in_x = (torch.from_numpy(span.weights).to(mask.dtype).to(mask.device) for span in spans)
     view = volume[tuple(span.voxels for span in spans)]
     planes = (in_y @ (mask @ in_x.T)).flatten(1)
     step = max(1, _VOXELS_AT_ONCE // planes.shape[1])

@@ -63,7 +63,7 @@ def paste_masks_3d(
     if len(labels) and not limits.min <= int(labels.min()) <= int(labels.max()) <= limits.max:
         raise ValueError("labels must fit int32")
     order = rank(scores).flip(0)  # the best comes last and paints over the others
-    with torch.no_grad(), torch.autocast(masks.device.type, enabled=False):
+    with torch.no_grad(), _torch.full_precision(masks.device):
         volume = torch.zeros(size, dtype=torch.int32, device=masks.device)
         _torch.paste_masks(masks, boxes, labels, order, volume, threshold)
     return volume

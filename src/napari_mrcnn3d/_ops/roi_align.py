@@ -20,7 +20,7 @@ class _RoIAlign(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGrid) -> Tensor:
         ctx.save_for_backward(boxes, batch_index)
         ctx.grid, ctx.shape = grid, tuple(features.shape)
-        with torch.autocast(features.device.type, enabled=False):
+        with _torch.full_precision(features.device):
             return _torch.roi_align(features, boxes, batch_index, grid).to(features.dtype)
 
     @staticmethod
@@ -39,7 +39,7 @@ class _RoIAlignTransposed(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(boxes, batch_index)
         ctx.grid = grid
-        with torch.autocast(values.device.type, enabled=False):
+        with _torch.full_precision(values.device):
             return _torch.roi_align_transposed(values, boxes, batch_index, grid, shape).to(values.dtype)
 
     @staticmethod
