@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 __all__ = [
     "DataConfig",
@@ -26,18 +26,33 @@ FloatTriple = tuple[float, float, float]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Extent = tuple[PositiveInt, PositiveInt, PositiveInt]
+Lengths = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Weights = tuple[PositiveFloat, PositiveFloat]
+
+# Upper bounds keep the header of a foreign model file from asking for a network that cannot be built.
+Channels = Annotated[int, Field(ge=1, le=8192)]
+Blocks = Annotated[int, Field(ge=1, le=100)]
+Cells = Annotated[int, Field(ge=1, le=64)]
+Grid = tuple[Cells, Cells, Cells]
+MAX_STAGES = 16
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Config):
     """The network. Stored in the header of every model file."""
 
     # what it was made for
-    class_names: tuple[str, ...] = Field(("object",), description="Names of the classes, background left out.")
-    voxel_size: FloatTriple | None = Field(None, description="Voxel size of the training images in µm, z y x.")
+    class_names: tuple[str, ...] = Field(
+        ("object",), min_length=1, description="Names of the classes, background left out."
+    )
+    voxel_size: Lengths | None = Field(None, description="Voxel size of the training images in µm, z y x.")
+    object_size: PositiveFloat | None = Field(
+        None, description="Median diameter of the training objects in µm; in voxels where the voxel size is unknown."
+    )
     intensity_percentiles: tuple[float, float] = Field(
         (1.0, 99.8), description="Percentiles of the image that become 0 and 1; 0 and 100 use the full range."
     )
@@ -50,22 +65,24 @@ class ModelConfig(_Config):
     norm: Literal["group", "affine"] = Field(
         "group", description="group: group normalisation; affine: a learnt scale and shift only (the predecessor's)."
     )
-    stem_channels: PositiveInt = Field(24, description="Channels after the first convolution.")
-    stem_kernel: Triple = Field((3, 5, 5), description="Kernel of the first convolution.")
-    stem_stride: Triple = Field((1, 2, 2), description="Stride of the first convolution, per axis.")
+    stem_channels: Channels = Field(24, description="Channels after the first convolution.")
+    stem_kernel: Grid = Field((3, 5, 5), description="Kernel of the first convolution.")
+    stem_stride: Grid = Field((1, 2, 2), description="Stride of the first convolution, per axis.")
     stem_pool: bool = Field(False, description="Max-pool by 2 after the first convolution (the predecessor's).")
-    stage_channels: tuple[int, ...] = Field((32, 64, 96, 128), description="Output channels of each stage.")
-    stage_blocks: tuple[int, ...] = Field((1, 2, 2, 2), description="Residual blocks in each stage.")
-    stage_strides: tuple[Triple, ...] = Field(
+    stage_channels: tuple[Channels, ...] = Field(
+        (32, 64, 96, 128), min_length=1, max_length=MAX_STAGES, description="Output channels of each stage."
+    )
+    stage_blocks: tuple[Blocks, ...] = Field((1, 2, 2, 2), description="Residual blocks in each stage.")
+    stage_strides: tuple[Grid, ...] = Field(
         ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)), description="Stride of each stage, per axis."
     )
-    fpn_channels: PositiveInt = Field(64, description="Channels of every pyramid level.")
+    fpn_channels: Channels = Field(64, description="Channels of every pyramid level.")
 
     # anchors and proposals
     rpn_levels: tuple[int, ...] = Field((1, 2, 3), description="Pyramid levels with anchors; 0 is the finest.")
     rpn_extra_level: bool = Field(False, description="One more, sub-sampled level for anchors (the predecessor's P6).")
-    rpn_channels: PositiveInt = Field(64, description="Channels of the proposal head.")
-    anchor_sizes: tuple[tuple[FloatTriple, ...], ...] = Field(
+    rpn_channels: Channels = Field(64, description="Channels of the proposal head.")
+    anchor_sizes: tuple[tuple[Lengths, ...], ...] = Field(
         (((6, 12, 12), (9, 18, 18)), ((12, 24, 24), (17, 34, 34)), ((24, 48, 48),)),
         description="For every level with anchors, the anchors' sides in voxels (z, y, x).",
     )
@@ -73,7 +90,9 @@ class ModelConfig(_Config):
     rpn_assignment: Literal["atss", "iou"] = Field("atss", description="How anchors are matched to objects.")
     rpn_fg_iou: Share = Field(0.5, description="IoU from which an anchor is positive (assignment by IoU).")
     rpn_bg_iou: Share = Field(0.3, description="IoU below which an anchor is negative (assignment by IoU).")
-    rpn_atss_candidates: PositiveInt = Field(9, description="Nearest cells per level whose anchors compete for an object.")
+    rpn_atss_candidates: PositiveInt = Field(
+        9, description="Nearest cells per level whose anchors compete for an object."
+    )
     rpn_batch_size: PositiveInt = Field(256, description="Anchors sampled per image for the loss.")
     rpn_positive_fraction: Share = Field(0.5, description="Largest share of positives among them.")
     rpn_hard_negatives: bool = Field(True, description="Prefer background anchors that look like objects in the loss.")
@@ -81,7 +100,7 @@ class ModelConfig(_Config):
     rpn_post_nms_top_n_train: PositiveInt = Field(256, description="Proposals kept for training the heads.")
     rpn_post_nms_top_n: PositiveInt = Field(1000, description="Proposals kept in prediction, per tile.")
     rpn_nms_iou: Share = Field(0.5, description="Proposals overlapping more than this IoU are merged to the best.")
-    rpn_box_weights: tuple[float, float] = Field((1.0, 1.0), description="Weights of box centre and size targets.")
+    rpn_box_weights: Weights = Field((1.0, 1.0), description="Weights of box centre and size targets.")
     rpn_smooth_l1_beta: PositiveFloat = Field(1 / 9, description="Where the proposal box loss turns linear.")
 
     # regions of interest
@@ -93,18 +112,22 @@ class ModelConfig(_Config):
     roi_sampling: Literal["roi_align", "crop_and_resize"] = Field(
         "roi_align", description="How features are sampled; crop_and_resize is the predecessor's corner-aligned way."
     )
-    sampling_ratio: PositiveInt = Field(1, description="Samples per bin and axis.")
-    box_pool_size: Triple = Field((5, 7, 7), description="Grid pooled for class and box.")
-    box_head_channels: tuple[int, ...] = Field((64, 64), description="Convolutions of the box head before its layers.")
+    sampling_ratio: Cells = Field(1, description="Samples per bin and axis.")
+    box_pool_size: Grid = Field((5, 7, 7), description="Grid pooled for class and box.")
+    box_head_channels: tuple[Channels, ...] = Field(
+        (64, 64), max_length=MAX_STAGES, description="Convolutions of the box head before its layers."
+    )
     box_head_kernel: Literal[3, 0] = Field(3, description="3: small kernels; 0: one kernel as large as the grid.")
-    box_head_features: PositiveInt = Field(256, description="Width of the box head's hidden layers.")
-    mask_pool_size: Triple = Field((10, 14, 14), description="Grid pooled for masks; the mask is twice as fine.")
-    mask_head_channels: tuple[int, ...] = Field((48, 48, 48), description="Convolutions of the mask head.")
+    box_head_features: Channels = Field(256, description="Width of the box head's hidden layers.")
+    mask_pool_size: Grid = Field((10, 14, 14), description="Grid pooled for masks; the mask is twice as fine.")
+    mask_head_channels: tuple[Channels, ...] = Field(
+        (48, 48, 48), max_length=MAX_STAGES, description="Convolutions of the mask head."
+    )
     roi_fg_iou: Share = Field(0.45, description="IoU from which a region is an object in training.")
     roi_batch_size: PositiveInt = Field(64, description="Regions sampled per image in training.")
     roi_positive_fraction: Share = Field(0.33, description="Largest share of objects among them.")
     mask_batch_size: PositiveInt = Field(16, description="Regions per image whose masks are trained.")
-    box_weights: tuple[float, float] = Field((10.0, 5.0), description="Weights of box centre and size targets.")
+    box_weights: Weights = Field((10.0, 5.0), description="Weights of box centre and size targets.")
 
     # answer
     score_floor: Share = Field(0.05, description="Candidates below this score are not kept at all.")
@@ -139,10 +162,17 @@ class ModelConfig(_Config):
             raise ValueError("stage_channels, stage_blocks and stage_strides must have one entry per stage")
         if len(self.anchor_sizes) != len(self.rpn_levels) + self.rpn_extra_level:
             raise ValueError("anchor_sizes needs one group per level with anchors")
-        if len({len(group) for group in self.anchor_sizes}) > 1 and not all(self.anchor_sizes):
+        if not all(self.anchor_sizes):
             raise ValueError("every level in rpn_levels needs at least one anchor")
-        if max(*self.rpn_levels, *self.roi_levels) >= n:
-            raise ValueError(f"levels must lie in 0..{n - 1}")
+        if not self.rpn_levels or not {*self.rpn_levels, *self.roi_levels} <= set(range(n)):
+            raise ValueError(f"rpn_levels and roi_levels must be levels of 0..{n - 1}")
+        if not self.roi_levels or self.roi_levels != tuple(range(self.roi_levels[0], self.roi_levels[-1] + 1)):
+            raise ValueError("roi_levels must be neighbours, finest first")
+        if any(side % 2 == 0 for side in self.stem_kernel):
+            raise ValueError("stem_kernel must be odd along every axis")
+        low, high = self.intensity_percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError("intensity_percentiles must rise within 0 and 100")
         return self
 
 
@@ -159,17 +189,25 @@ class SelectConfig(_Config):
 class PredictConfig(_Config):
     """How an image is segmented."""
 
-    voxel_size: FloatTriple | None = Field(None, description="Voxel size in µm, z y x; read from the file if not given.")
+    voxel_size: FloatTriple | None = Field(
+        None, description="Voxel size in µm, z y x; read from the file if not given."
+    )
+    object_size: PositiveFloat | None = Field(
+        None,
+        description="Typical diameter of your objects in µm, if it is not the model's: the image is scaled to match.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
-    tile: Triple | None = Field(None, description="Tile in voxels, z y x; chosen from the memory if not given.")
-    overlap: Triple | None = Field(None, description="Overlap of neighbouring tiles in voxels; a model-sized default.")
+    tile: Extent | None = Field(None, description="Tile in voxels, z y x; chosen from the memory if not given.")
+    overlap: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = Field(
+        None, description="Overlap of neighbouring tiles in voxels; a model-sized default."
+    )
     select: SelectConfig = SelectConfig()
 
 
 class DataConfig(_Config):
     """Where training pairs come from and how they are cut and varied."""
 
-    patch_size: Triple | None = Field(
+    patch_size: Extent | None = Field(
         None, description="Patch in voxels, z y x; chosen from the images and objects if not given."
     )
     validation: tuple[str, ...] = Field(
@@ -182,7 +220,9 @@ class DataConfig(_Config):
     object_centred: Share = Field(0.8, description="Share of patches centred near an object.")
     min_visible: Share = Field(0.15, description="Objects cut by the patch to less than this share are not targets.")
     augment: bool = Field(True, description="Vary patches: flips, turns, stretching, contrast, blur, noise.")
-    workers: int = Field(0, ge=0, description="Processes that prepare patches; 0 prepares them in the training process.")
+    workers: int = Field(
+        0, ge=0, description="Processes that prepare patches; 0 prepares them in the training process."
+    )
 
 
 class TrainConfig(_Config):
@@ -203,6 +243,7 @@ class TrainConfig(_Config):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="Arithmetic of the convolutions.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
     seed: int = Field(0, description="Start of all random numbers.")
+    about: str = Field("", description="A sentence on the data and their licence, kept in the model file.")
     validate_minutes: PositiveFloat = Field(10.0, description="Minutes between two validations.")
     validate_volumes: PositiveInt = Field(8, description="Most volumes used in a validation during training.")
     checkpoint_minutes: PositiveFloat = Field(3.0, description="Minutes between two checkpoints.")

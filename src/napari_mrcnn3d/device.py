@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["autocast", "choose_device", "free_memory", "is_out_of_memory"]
 
+# What torch says, in lower case: of graphics cards, of the processor's memory on Linux and macOS, and on Windows.
+_MEMORY_IS_FULL = ("out of memory", "can't allocate memory", "not enough memory")
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """Device by name; "auto" takes CUDA, then Apple's MPS, then the processor.
@@ -81,7 +84,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device's or the machine's memory is full."""
     import torch
 
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _MEMORY_IS_FULL)

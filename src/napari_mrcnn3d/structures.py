@@ -52,7 +52,7 @@ class VoxelSize(NamedTuple):
             If there are not three finite positive numbers.
         """
         try:
-            numbers = [float(v) for v in values]
+            numbers = [] if isinstance(values, str) else [float(v) for v in values]
         except (TypeError, ValueError):
             numbers = []
         if len(numbers) != 3 or not all(np.isfinite(v) and v > 0 for v in numbers):
@@ -74,10 +74,14 @@ class ArrayLike(Protocol):
     """What a volume's data must offer; numpy, dask and zarr arrays all do."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Extent along each axis."""
+        ...
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """Type of the elements."""
+        ...
 
     def __getitem__(self, key: Any) -> Any: ...
 

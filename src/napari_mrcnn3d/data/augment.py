@@ -60,7 +60,9 @@ def _transforms(size: Triple) -> Any:
             ),
             mt.CenterSpatialCropd(_BOTH, size),
             *(mt.RandFlipd(_BOTH, prob=0.5, spatial_axis=axis) for axis in range(3)),
-            mt.RandRotate90d(_BOTH, prob=0.5, max_k=3, spatial_axes=(1, 2)) if size[1] == size[2] else mt.Identityd(_BOTH),
+            mt.RandRotate90d(_BOTH, prob=0.5, max_k=3, spatial_axes=(1, 2))
+            if size[1] == size[2]
+            else mt.Identityd(_BOTH),
             mt.RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
             mt.RandScaleIntensityd("image", prob=0.5, factors=0.3),
             mt.RandShiftIntensityd("image", prob=0.5, offsets=0.1),

@@ -118,8 +118,9 @@ class PatchSampler:
             image, labels = (_cut(a, centre, size) for a in (volume.image, volume.labels))
         else:
             z, y, x = size
-            # The margin keeps turned and stretched patches filled with image.
-            wide = (z + z // 4, y + y // 3, x + x // 3)
+            # The margin keeps turned and stretched patches filled with image. It is even, so that the middle of the
+            # cut is the middle of the patch: half a voxel between them would blur images and shift labels.
+            wide = (z + 2 * (z // 8), y + 2 * (y // 6), x + 2 * (x // 6))
             image, labels = (_cut(a, centre, wide) for a in (volume.image, volume.labels))
             image, labels = self.augment(image, labels, size, int(rng.integers(2**31)))
         return self._patch(volume, image, labels)
@@ -133,7 +134,8 @@ class PatchSampler:
         else:
             centre = rng.random(3) * shape
         inside = np.minimum(size, shape) / 2
-        return np.clip(centre, inside, shape - inside)
+        kept: np.ndarray = np.clip(centre, inside, shape - inside)
+        return kept
 
     def _patch(self, volume: TrainingVolume, image: np.ndarray, labels: np.ndarray) -> Patch:
         boxes, ids = objects_in(labels)
@@ -148,4 +150,5 @@ def _cut(array: np.ndarray, centre: np.ndarray, size: Triple) -> np.ndarray:
     stop = start + size
     inside = tuple(slice(max(a, 0), min(b, n)) for a, b, n in zip(start, stop, array.shape, strict=True))
     pad = [(max(-a, 0), max(b - n, 0)) for a, b, n in zip(start, stop, array.shape, strict=True)]
-    return np.pad(array[inside], pad)
+    filled: np.ndarray = np.pad(array[inside], pad)
+    return filled

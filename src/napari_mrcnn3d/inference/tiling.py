@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -37,9 +37,17 @@ class Tile:
         return z, y, x
 
     def owns(self, boxes: np.ndarray) -> np.ndarray:
-        """Which boxes (float[N, 6], voxels of the volume) have their centre in the core."""
+        """Which boxes (float[N, 6], voxels of the volume) have their centre in the core, or next to it.
+
+        Neighbours place the same object a little differently. Were the cores strict, each could hold that it is the
+        other's. So a tile also answers for an eighth of the overlap beyond its core; what it then shares with a
+        neighbour overlaps enough to be merged.
+        """
         centre = (boxes[:, :3] + boxes[:, 3:]) / 2
-        return np.all((centre >= self.core_start) & (centre < self.core_stop), axis=1)
+        low = np.array(self.core_start) - np.subtract(self.core_start, self.start) / 4
+        high = np.array(self.core_stop) + np.subtract(self.stop, self.core_stop) / 4
+        owned: np.ndarray = np.all((centre >= low) & (centre < high), axis=1)
+        return owned
 
 
 def default_tile(shape: Triple, voxels: int) -> Triple:
@@ -78,5 +86,5 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, in
         return [(0, length, 0, length)]
     count = -(-(length - overlap) // (tile - overlap))
     starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
-    cuts = [0, *((a + tile + b) // 2 for a, b in zip(starts, starts[1:], strict=False)), length]
-    return [(s, s + tile, a, b) for s, a, b in zip(starts, cuts, cuts[1:], strict=False)]
+    cuts = [0, *((a + tile + b) // 2 for a, b in pairwise(starts)), length]
+    return [(s, s + tile, a, b) for s, (a, b) in zip(starts, pairwise(cuts), strict=True)]

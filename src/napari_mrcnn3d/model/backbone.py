@@ -35,12 +35,12 @@ def norm3d(kind: str, channels: int) -> nn.Module:
 def conv3d(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), *, bias: bool = False) -> nn.Conv3d:
     """Convolution whose output cell ``i`` is centred on the middle of the ``stride`` input voxels it stands for.
 
-    An odd kernel with stride 2 is centred on the first of its two voxels, half a cell off what anchors and RoIAlign
-    assume; along such axes the kernel is one longer.
+    Kernels are odd. With stride 2 such a kernel is centred on the first of its two voxels, half a cell off what anchors
+    and RoIAlign assume; along such axes it is made one longer. It is never shorter than its stride.
     """
-    size = tuple(k + (s % 2 == 0) if k > 1 else s for k, s in zip(kernel, stride, strict=True))
-    padding = tuple((k - s) // 2 for k, s in zip(size, stride, strict=True))
-    return nn.Conv3d(inputs, outputs, size, stride, padding, bias=bias)
+    z, y, x = (max(k + (s % 2 == 0), s) if k > 1 else s for k, s in zip(kernel, stride, strict=True))
+    front, top, left = ((k - s) // 2 for k, s in zip((z, y, x), stride, strict=True))
+    return nn.Conv3d(inputs, outputs, (z, y, x), stride, (front, top, left), bias=bias)
 
 
 class _BasicBlock(nn.Module):

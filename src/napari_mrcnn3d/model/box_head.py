@@ -46,7 +46,7 @@ class BoxHead(nn.Module):
 
     @staticmethod
     def _small_kernels(config: ModelConfig) -> nn.Sequential:
-        """3³ convolutions, the last one halving the grid, and two hidden layers."""
+        """3³ convolutions, a pooling that halves the grid, and two hidden layers."""
         layers: list[nn.Module] = []
         width = config.fpn_channels
         for channels in config.box_head_channels:

@@ -35,7 +35,7 @@ class MaskRCNN3D(nn.Module):
         self.roi_heads = RoIHeads(config)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Feature maps, finest first, of normalised images ``[N, 1, D, H, W]`` of any extent (zero-padded at the end)."""
+        """Feature maps, finest first, of normalised images ``[N, 1, D, H, W]`` of any extent, zero-padded behind."""
         missing = [p - n for p, n in zip(padded_shape(images.shape[2:], self.config), images.shape[2:], strict=True)]
         padded = F.pad(images, (0, missing[2], 0, missing[1], 0, missing[0]))
         levels: list[Tensor] = self.fpn(self.backbone(padded.contiguous(memory_format=torch.channels_last_3d)))

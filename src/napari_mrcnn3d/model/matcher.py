@@ -75,14 +75,15 @@ def match_atss(boxes: Tensor, levels: list[Tensor], candidates: Sequence[int]) -
     index = _nearest(boxes, levels, candidates)
     near = anchors[index]
     iou = _paired_iou(boxes[:, None], near)
-    enough = iou >= iou.mean(1, keepdim=True) + iou.std(1, keepdim=True)
+    spread = iou.std(1, correction=min(1, iou.shape[1] - 1), keepdim=True)  # 0 for a lone competitor
+    enough = iou >= iou.mean(1, keepdim=True) + spread
     centre = (near[..., :3] + near[..., 3:]) / 2
     inside = ((centre > boxes[:, None, :3]) & (centre < boxes[:, None, 3:])).all(-1)
     # An object too small to hold any centre keeps its one best anchor instead of being lost.
     best = iou == iou.max(1, keepdim=True).values
     positive = (enough & inside) | (best & ~(enough & inside).any(1, keepdim=True))
     rows, columns = torch.nonzero(positive & (iou > 0), as_tuple=True)
-    order = torch.argsort(iou[rows, columns])  # the highest IoU is written last
+    order = torch.argsort(iou[rows, columns], stable=True)  # the highest IoU is written last
     for row, target in zip(rows[order].tolist(), index[rows, columns][order].tolist(), strict=True):
         matched[target] = row
     return matched
@@ -119,8 +120,8 @@ def sample_hard(
 ) -> tuple[Tensor, Tensor]:
     """Like :func:`sample_random`, half of the backgrounds drawn among the ``pool`` times as many that score highest.
 
-    In a volume nearly all background is easy; drawn blindly it teaches nothing. At most three backgrounds come with
-    each positive (and an eighth of ``count`` where there is none), else a lone object would be talked down.
+    In a volume nearly all background is easy; drawn blindly it teaches nothing. Three backgrounds come with each
+    positive, but an eighth of ``count`` at least: with more, few objects would be talked down.
     """
     positive, negative = torch.nonzero(matched >= 0)[:, 0], torch.nonzero(matched == BACKGROUND)[:, 0]
     positive = _draw(positive, int(count * positive_fraction))

@@ -79,7 +79,7 @@ class MultiScaleRoIAlign3D:
                 spatial_scale=(1 / z, 1 / y, 1 / x),
                 sampling_ratio=self.config.sampling_ratio,
             )
-        last = torch.tensor([*shape, *shape], device=boxes.device) - 1.0
+        last = torch.tensor([*shape, *shape], device=boxes.device).clamp(min=2) - 1.0
         far = torch.tensor([0.0, 0, 0, 1, 1, 1], device=boxes.device)
         crops = crop_and_resize_3d(
             features.permute(0, 2, 3, 4, 1).float(), (boxes - far) / last, batch_index, crop_size=self.output_size

@@ -14,7 +14,7 @@ from napari_mrcnn3d.model.anchors import anchors_on_grid
 from napari_mrcnn3d.model.box_coder import clip_boxes, decode_boxes, encode_boxes
 from napari_mrcnn3d.model.matcher import match_atss, match_iou, sample_hard, sample_random
 
-__all__ = ["RegionProposalNetwork", "RPNHead", "RPNOutput"]
+__all__ = ["RPNHead", "RPNOutput", "RegionProposalNetwork"]
 
 MIN_SIDE = 0.5  # voxels; a thinner proposal covers no voxel centre
 
@@ -99,9 +99,7 @@ class RegionProposalNetwork(nn.Module):
         for features, stride, sizes in zip(maps, strides, config.anchor_sizes, strict=True):
             score, delta = self.head(features)
             levels.append(
-                anchors_on_grid(
-                    features.shape[2:], stride, sizes, offset=config.anchor_offset, device=features.device
-                )
+                anchors_on_grid(features.shape[2:], stride, sizes, offset=config.anchor_offset, device=features.device)
             )
             logits.append(score[..., : len(sizes)].flatten(1).float())
             deltas.append(delta[..., : len(sizes), :].flatten(1, 4).float())
@@ -160,9 +158,7 @@ class RegionProposalNetwork(nn.Module):
             counts = [config.rpn_atss_candidates * len(sizes) for sizes in config.anchor_sizes]
             matched = match_atss(boxes, output.levels, counts)
         else:
-            matched = match_iou(
-                boxes, anchors, fg_iou=config.rpn_fg_iou, bg_iou=config.rpn_bg_iou, keep_best=True
-            )
+            matched = match_iou(boxes, anchors, fg_iou=config.rpn_fg_iou, bg_iou=config.rpn_bg_iou, keep_best=True)
         count, share = config.rpn_batch_size, config.rpn_positive_fraction
         if config.rpn_hard_negatives:
             positive, negative = sample_hard(matched, output.objectness.detach(), count, positive_fraction=share)
@@ -171,9 +167,10 @@ class RegionProposalNetwork(nn.Module):
         sampled = torch.cat([positive, negative])
         truth = torch.zeros(len(sampled), device=sampled.device)
         truth[: len(positive)] = 1
-        objectness = F.binary_cross_entropy_with_logits(output.objectness[sampled], truth)
+        objectness = F.binary_cross_entropy_with_logits(output.objectness[sampled], truth, reduction="sum")
         target = encode_boxes(boxes[matched[positive]], anchors[positive], config.rpn_box_weights)
-        distance = F.smooth_l1_loss(
-            output.deltas[positive], target, beta=config.rpn_smooth_l1_beta, reduction="sum"
-        )
-        return {"loss_objectness": objectness, "loss_rpn_box_reg": distance / max(len(positive), 1)}
+        distance = F.smooth_l1_loss(output.deltas[positive], target, beta=config.rpn_smooth_l1_beta, reduction="sum")
+        return {
+            "loss_objectness": objectness / max(len(sampled), 1),
+            "loss_rpn_box_reg": distance / max(len(positive), 1),
+        }

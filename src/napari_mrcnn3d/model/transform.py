@@ -30,7 +30,7 @@ def intensity_range(image: Any, percentiles: tuple[float, float]) -> tuple[float
     """
     step = max(1, round((np.prod(image.shape, dtype=float) / SAMPLE) ** (1 / 3)))
     sample = np.asarray(image[::step, ::step, ::step])
-    low, high = np.percentile(sample.astype(np.float32, copy=False), percentiles)
+    low, high = np.percentile(sample.astype(_exact(sample.dtype), copy=False), percentiles)
     return float(low), float(high)
 
 
@@ -42,15 +42,35 @@ def normalize(image: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     low, high = limits
     if not high > low:
         return np.zeros(image.shape, np.float32)
-    scaled = (image.astype(np.float32) - np.float32(low)) / np.float32(high - low)
-    return np.clip(scaled, -1, 4, out=scaled)
+    scaled: np.ndarray = image.astype(_exact(image.dtype))
+    scaled -= low
+    scaled /= high - low
+    return np.clip(scaled, -1, 4, out=scaled).astype(np.float32, copy=False)
 
 
-def resample_factors(config: ModelConfig, voxel_size: VoxelSize | None) -> FloatTriple:
-    """Network voxels per image voxel and axis; 1 along axes whose sizes differ less than the model tolerates."""
-    if config.voxel_size is None or voxel_size is None:
-        return 1.0, 1.0, 1.0
-    factors = [have / want for have, want in zip(voxel_size, config.voxel_size, strict=True)]
+def _exact(dtype: Any) -> Any:
+    """Type to compute in: float32 would round large whole numbers and overflow on large floats."""
+    return np.float32 if np.can_cast(dtype, np.float32) else np.float64
+
+
+def resample_factors(
+    config: ModelConfig, voxel_size: VoxelSize | None, object_size: float | None = None
+) -> FloatTriple:
+    """Network voxels per image voxel and axis; 1 along all axes if none differs more than the model tolerates.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        ``voxel_size`` and ``object_size`` of the training images.
+    voxel_size : VoxelSize or None
+        Of the image in µm; taken as the model's if unknown.
+    object_size : float, optional
+        Diameter in µm of what is looked for, if it is not that of the training objects.
+    """
+    zoom = config.object_size / object_size if config.object_size and object_size else 1.0
+    factors = [zoom, zoom, zoom]
+    if config.voxel_size is not None and voxel_size is not None:
+        factors = [zoom * have / want for have, want in zip(voxel_size, config.voxel_size, strict=True)]
     tolerance = config.resample_tolerance
     if all(1 / tolerance <= f <= tolerance for f in factors):
         return 1.0, 1.0, 1.0
@@ -80,8 +100,10 @@ def resample(image: np.ndarray, factors: FloatTriple, *, nearest: bool = False) 
 
     shape = [max(1, round(n * f)) for n, f in zip(image.shape, factors, strict=True)]
     if nearest:
-        return resize(image, shape, order=0, mode="edge", anti_aliasing=False, preserve_range=True).astype(image.dtype)
-    return resize(image, shape, order=1, mode="edge", anti_aliasing=True, preserve_range=True).astype(np.float32)
+        settings, dtype = {"order": 0, "anti_aliasing": False}, image.dtype
+    else:
+        settings, dtype = {"order": 1, "anti_aliasing": True}, np.dtype(np.float32)
+    return np.asarray(resize(image, shape, mode="edge", preserve_range=True, **settings), dtype)  # type: ignore[no-untyped-call]
 
 
 def padded_shape(shape: Sequence[int], config: ModelConfig) -> Triple:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
 
 from napari_mrcnn3d.config import ModelConfig
 from napari_mrcnn3d.structures import UserError
@@ -86,9 +85,11 @@ def read_header(name: str | Path) -> ModelHeader:
     try:
         header = json.loads(metadata[_KEY])
         if header["format"] > FORMAT:
-            raise UserError(f"{path} was written by a newer version (format {header['format']}): update napari-mrcnn3d.")
+            raise UserError(
+                f"{path} was written by a newer version (format {header['format']}): update napari-mrcnn3d."
+            )
         return ModelHeader(ModelConfig.model_validate(header["config"]), dict(header["provenance"]))
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has a damaged header: get the model file again.") from error
 
 
@@ -113,14 +114,15 @@ def load_model(name: str | Path) -> MaskRCNN3D:
 
     path = find_model(name)
     header = read_header(path)
-    with torch.device("meta"):  # takes no memory, whatever sizes a foreign header asks for
-        model = MaskRCNN3D(header.config)
     try:
+        with torch.device("meta"):  # takes no memory, whatever sizes a foreign header asks for
+            model = MaskRCNN3D(header.config)
         state = {key: value.float() for key, value in load_file(path).items()}
         model.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path} does not hold the weights its header describes: get the model file again.") from error
-    return model.to(memory_format=torch.channels_last_3d).eval()
+    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return model.eval()
 
 
 def save_model(model: MaskRCNN3D, path: str | Path, provenance: dict[str, Any]) -> Path:
@@ -152,5 +154,6 @@ def save_model(model: MaskRCNN3D, path: str | Path, provenance: dict[str, Any]) 
     except OSError as error:
         raise UserError(f"The model cannot be written to {path} ({error.strerror}): choose another place.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
     return path

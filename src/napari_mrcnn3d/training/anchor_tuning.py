@@ -40,15 +40,15 @@ def fit_model(config: ModelConfig, sides: np.ndarray) -> ModelConfig:
             "stem_kernel": _per_axis(thick, 5, 3),
             "box_pool_size": _per_axis(thick, 7, 5),
             "mask_pool_size": _per_axis(thick, 14, 10),
+            "object_size": float(f"{np.median((sides * voxel).prod(1) ** (1 / 3)):.3g}"),
+            "rpn_extra_level": False,
         }
     )
     levels, anchors = fit_anchors(config, sides)
     return config.model_copy(update={"rpn_levels": levels, "anchor_sizes": anchors})
 
 
-def fit_anchors(
-    config: ModelConfig, sides: np.ndarray
-) -> tuple[tuple[int, ...], tuple[tuple[FloatTriple, ...], ...]]:
+def fit_anchors(config: ModelConfig, sides: np.ndarray) -> tuple[tuple[int, ...], tuple[tuple[FloatTriple, ...], ...]]:
     """Anchor sizes by clustering the objects' log sides, each on the level whose cells suit it.
 
     Parameters
@@ -61,7 +61,7 @@ def fit_anchors(
     Returns
     -------
     levels : tuple of int
-        Pyramid levels that have anchors; the finest one, dear and full of easy background, is left out.
+        Pyramid levels that have anchors; the finest of several, dear and full of easy background, is left out.
     sizes : tuple of tuples of 3 float
         Anchors of each of them.
 
@@ -74,7 +74,7 @@ def fit_anchors(
     centres, _ = kmeans2(logs, count, minit="++", seed=0, missing="warn")
     sizes = np.exp(centres[np.argsort(centres.sum(1))])
     strides = np.array(config.level_strides, dtype=float).prod(1) ** (1 / 3)
-    usable = np.arange(1, len(strides))
+    usable = np.arange(min(1, len(strides) - 1), len(strides))
     cells = sizes.prod(1)[:, None] ** (1 / 3) / strides[usable]
     chosen = usable[np.abs(np.log(cells / CELLS_PER_ANCHOR)).argmin(1)]
     levels = tuple(int(level) for level in np.unique(chosen))
@@ -83,7 +83,7 @@ def fit_anchors(
 
 
 def anchor_coverage(config: ModelConfig, sides: np.ndarray, iou: float) -> float:
-    """Share of objects for which an anchor of the same centre reaches this IoU: an upper bound of what anchors cover."""
+    """Share of objects for which an anchor of the same centre reaches this IoU: the most that anchors can cover."""
     anchors = np.array([size for group in config.anchor_sizes for size in group])
     inter = np.minimum(sides[:, None], anchors[None]).prod(2)
     union = sides.prod(1)[:, None] + anchors.prod(1)[None] - inter

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from napari_mrcnn3d.io._files import atomic_write
 from napari_mrcnn3d.structures import UserError
 
 __all__ = ["checkpoint_path", "load_checkpoint", "save_checkpoint"]
@@ -27,15 +28,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     UserError
         If the file cannot be written; an earlier checkpoint stays.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, beside)
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"The checkpoint cannot be written to {path} ({error}): is the disk full?") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's own writer does not say what went wrong
+            raise UserError(f"The checkpoint cannot be written to {path} ({error}): is the disk full?") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -44,12 +41,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises
     ------
     UserError
-        If there is none, or it is damaged.
+        If there is none, or the file is damaged or no checkpoint.
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path} to resume from: start without resuming.")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not torch's format")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"holds a {type(state).__name__}")
+    except (RuntimeError, OSError, EOFError, TypeError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"The checkpoint {path} is damaged: delete it and start anew.") from error
     return state

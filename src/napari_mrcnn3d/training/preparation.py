@@ -23,7 +23,8 @@ def model_voxel_size(volumes: Sequence[LabelledVolume]) -> FloatTriple | None:
     if not known:
         return None
     if len(known) < len(volumes):
-        logger.warning("%d of %d images do not say their voxel size: taken as the others'.", len(volumes) - len(known), len(volumes))
+        missing = len(volumes) - len(known)
+        logger.warning("%d of %d images do not say their voxel size: taken as the others'.", missing, len(volumes))
     z, y, x = np.median(known, axis=0).tolist()
     return z, y, x
 

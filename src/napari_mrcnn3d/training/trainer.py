@@ -7,12 +7,13 @@ a killed run that is resumed sees what it would have seen.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from napari_mrcnn3d.config import DataConfig, ModelConfig, TrainConfig
 from napari_mrcnn3d.data.augment import augment
 from napari_mrcnn3d.data.patches import Patch, PatchSampler
 from napari_mrcnn3d.data.volumes import LabelledVolume, find_pairs, split_groups
-from napari_mrcnn3d.device import autocast, choose_device
+from napari_mrcnn3d.device import autocast, choose_device, is_out_of_memory
 from napari_mrcnn3d.model.mask_rcnn import MaskRCNN3D
 from napari_mrcnn3d.model.roi_heads import Target
 from napari_mrcnn3d.model.weights import save_model
-from napari_mrcnn3d.structures import Progress, Steps, UserError
+from napari_mrcnn3d.structures import DeviceMemoryError, Progress, Steps, UserError
 from napari_mrcnn3d.training.anchor_tuning import anchor_coverage, fit_model, fit_patch
 from napari_mrcnn3d.training.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from napari_mrcnn3d.training.optim import averaged, learning_rate, make_optimizer
@@ -75,16 +76,12 @@ def train_steps(
         If the folder, a file in it, the checkpoint or ``out`` cannot be used.
     """
     out = Path(out)
-    if out.exists() and not resume:
-        raise UserError(f"{out} exists already: choose another name, or resume its training.")
-    if not resume and checkpoint_path(out).exists():
-        raise UserError(f"{checkpoint_path(out)} holds an unfinished training of {out.name}: resume it or delete it.")
+    _refuse_to_overwrite(out, resume=resume)
     run = _Run(out, data, train)
     pairs, class_names = find_pairs(Path(folder), data.group_pattern)
-    training, validation = split_groups(
-        pairs, validation=data.validation, share=data.validation_share, seed=train.seed
-    )
+    training, validation = split_groups(pairs, validation=data.validation, share=data.validation_share, seed=train.seed)
     state = load_checkpoint(checkpoint_path(out)) if resume else None
+    _check_writable(out)
     volumes = []
     for count, pair in enumerate(training, start=1):
         volumes.append(pair.load())
@@ -99,10 +96,28 @@ def train_steps(
     try:
         yield from _loop(run, lambda: [pair.load() for pair in chosen])
     finally:
-        run.save()
-        run.export()
+        if run.step:  # before the first step there is nothing to keep
+            run.save()
+            run.export()
     checkpoint_path(out).unlink(missing_ok=True)
     return out
+
+
+def _refuse_to_overwrite(out: Path, *, resume: bool) -> None:
+    if out.is_dir() or (out.exists() and not resume):
+        raise UserError(f"{out} exists already: choose another name, or resume its training.")
+    if not resume and checkpoint_path(out).exists():
+        raise UserError(f"{checkpoint_path(out)} holds an unfinished training of {out.name}: resume it or delete it.")
+
+
+def _check_writable(out: Path) -> None:
+    """Find out at once, not after hours, that the place for the model cannot be written to."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another place for the model.") from error
 
 
 @dataclass
@@ -118,7 +133,11 @@ class _Run:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def set_up(
-        self, config: ModelConfig, volumes: Sequence[LabelledVolume], names: tuple[str, ...], state: dict[str, Any] | None
+        self,
+        config: ModelConfig,
+        volumes: Sequence[LabelledVolume],
+        names: tuple[str, ...],
+        state: dict[str, Any] | None,
     ) -> None:
         """Network, optimiser and patches; from the start or from a checkpoint's state."""
         if state is None:
@@ -127,36 +146,59 @@ class _Run:
             if self.train.fit_model:
                 config = fit_model(config, sides_of(volumes, config))
         else:
-            config = ModelConfig.model_validate(state["model_config"])
+            config = self._config_of(state, names)
         self.device = choose_device(self.train.device)
         torch.manual_seed(self.train.seed)
-        network = MaskRCNN3D(config)
-        self.model = network.to(self.device, memory_format=torch.channels_last_3d)
+        self.model = MaskRCNN3D(config).to(self.device)
+        self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.average = averaged(self.model, self.train.ema) if self.train.ema else None
         self.optimizer = make_optimizer(self.model, self.train)
-        self.volumes = [prepare(v, config) for v in volumes]
-        shapes = [v.labels.shape for v in self.volumes]
-        self.patch = self.data.patch_size or fit_patch(config, shapes)
-        sides = sides_of(volumes, config)
-        self.coverage = anchor_coverage(config, sides, 0.5)
         if state is not None:
             self._restore(state)
+        self.volumes = [prepare(v, config) for v in volumes]
+        self.patch = self.data.patch_size or fit_patch(config, [v.labels.shape for v in self.volumes])
+        self.coverage = anchor_coverage(config, sides_of(volumes, config), 0.5)
+
+    def _config_of(self, state: dict[str, Any], names: tuple[str, ...]) -> ModelConfig:
+        """The network's settings in a checkpoint, whose classes must be those of the folder."""
+        try:
+            config = ModelConfig.model_validate(state["model_config"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{checkpoint_path(self.out)} is no checkpoint of a training: delete it.") from error
+        if config.class_names != names:
+            raise UserError(
+                f"{checkpoint_path(self.out)} was trained for the classes {', '.join(config.class_names)}, the folder "
+                f"holds {', '.join(names)}: resume with the data it was started with."
+            )
+        return config
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.step, self.seconds, self.metrics = state["step"], state["seconds"], state["metrics"]
+        try:
+            groups = zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True)
+            if any(("betas" in ours) != ("betas" in theirs) for ours, theirs in groups):  # AdamW has them, SGD has not
+                raise ValueError("another optimizer")
+            if (state["average"] is None) != (self.average is None):
+                raise ValueError("averaged or plain weights")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.step, self.seconds, self.metrics = state["step"], state["seconds"], dict(state["metrics"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint_path(self.out)} does not fit the settings given ({error}): resume with the optimizer and "
+                "ema it was started with."
+            ) from error
 
     def describe(self) -> str:
         """One line on what is trained."""
         config = self.model.config
         objects = sum(v.objects for v in self.volumes)
+        weights = sum(p.numel() for p in self.model.parameters()) / 1e6
         return (
             f"{len(self.volumes)} images with {objects} objects; patch {self.patch} voxels; "
-            f"anchors on levels {config.rpn_levels}: {config.anchor_sizes}, which cover {self.coverage:.0%} of the objects "
-            f"at IoU 0.5; {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} million weights; {self.device}"
+            f"anchors on levels {config.rpn_levels}: {config.anchor_sizes}, which cover {self.coverage:.0%} of the "
+            f"objects at IoU 0.5; {weights:.1f} million weights; {self.device}"
         )
 
     @property
@@ -169,7 +211,7 @@ class _Run:
     @property
     def best_weights(self) -> MaskRCNN3D:
         """The network to use: the averaged one where weights are averaged."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(MaskRCNN3D, self.average.module)
 
     def patches(self) -> Iterator[list[Patch]]:
         """Batches from the current step on."""
@@ -270,7 +312,15 @@ def _loop(run: _Run, load_validation: Callable[[], list[LabelledVolume]]) -> Ste
     batches = run.patches()
     while run.share < 1:
         start = time.perf_counter()
-        run.advance(next(batches))
+        try:
+            run.advance(next(batches))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"The memory is too small for {run.train.batch_size} patch(es) of {run.patch} voxels per step: choose "
+                "a smaller patch_size or batch_size."
+            ) from error
         run.seconds += time.perf_counter() - start
         yield run.progress()
         if run.seconds - saved >= 60 * run.train.checkpoint_minutes:

@@ -9,7 +9,7 @@ import numpy as np
 
 from napari_mrcnn3d.config import PredictConfig, SelectConfig, TrainConfig
 from napari_mrcnn3d.data.volumes import LabelledVolume
-from napari_mrcnn3d.inference.paint import Canvas, paint
+from napari_mrcnn3d.inference.paint import Footprints, paint
 from napari_mrcnn3d.inference.predictor import Predictor
 from napari_mrcnn3d.inference.select import select
 from napari_mrcnn3d.metrics.matching import matching_dataset
@@ -29,7 +29,9 @@ def _as_validation(steps: Steps[Candidates], index: int, count: int) -> Steps[Ca
         yield Progress(index * part.total + part.done, count * part.total, "Validating")
 
 
-def validate_steps(model: MaskRCNN3D, volumes: Sequence[LabelledVolume], config: TrainConfig) -> Steps[dict[str, float]]:
+def validate_steps(
+    model: MaskRCNN3D, volumes: Sequence[LabelledVolume], config: TrainConfig
+) -> Steps[dict[str, float]]:
     """Segment volumes with the default selection and compare with their labels.
 
     Returns
@@ -44,8 +46,8 @@ def validate_steps(model: MaskRCNN3D, volumes: Sequence[LabelledVolume], config:
     for index, volume in enumerate(volumes):
         steps = predictor.predict_steps(Volume(volume.image, volume.voxel_size, volume.name), PredictConfig())
         candidates = yield from _as_validation(steps, index, len(volumes))
-        canvas = Canvas(candidates)
-        found.append(np.asarray(paint(canvas, select(canvas, SelectConfig()))))
+        footprints = Footprints.of(candidates)
+        found.append(np.asarray(paint(footprints, select(footprints, SelectConfig()))))
         truth.append(volume.labels)
-    result = matching_dataset(truth, found, thresh=0.5)
+    (result,) = matching_dataset(truth, found, (0.5,))
     return {"val_f1": float(result.f1), "val_iou": float(result.mean_matched_score)}

@@ -1,0 +1,1 @@
+"""The only room with Qt, magicgui and napari: what a person sees."""
