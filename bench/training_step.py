@@ -46,7 +46,7 @@ def main(*, repeats: int = 7) -> None:
         rows.append([name, median(seconds), min(seconds), max(seconds)])
         results.append({"way": name, "seconds": seconds})
     shares = _profile(config, patches[:3])
-    text = "One training step, seconds; patch of " + "×".join(map(str, patches[0].image.shape)) + " voxels.\n\n"
+    text = "One training step, seconds; patch of " + " x ".join(map(str, patches[0].image.shape)) + " voxels.\n\n"
     text += markdown_table(["layout and precision", "median", "min", "max"], rows)
     text += f"\nCutting and varying a patch: {median(patch_seconds):.3f} s (median of {len(patch_seconds)}).\n\n"
     text += markdown_table(["self time by operation", "share"], [[k, v] for k, v in shares.items()])

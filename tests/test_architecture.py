@@ -32,7 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": BASE | SIDE | {"_ops", "model"},
     "training": BASE | SIDE | {"_ops", "model", "inference"},
     "selftest": BASE | SIDE | set(CHAIN),
-    "cli": BASE | SIDE | set(CHAIN) | {"selftest"},
+    "_cli_files": {"structures"},
+    "_cli_progress": {"structures"},
+    "cli": BASE | SIDE | set(CHAIN) | {"selftest", "_cli_files", "_cli_progress"},
     "widgets": BASE | SIDE | set(CHAIN),
 }
 """For every room (folder or module) the rooms that it may import."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LARGEST_MODEL = 16 * 2**20
 IMPORT_NAMES = {"scikit-image": "skimage"}
-WITH_NAPARI = {"napari", "magicgui", "qtpy", "superqt", "psygnal", "vispy", "npe2", "pandas", "app_model"}
+WITH_NAPARI = {"napari", "pint", "magicgui", "qtpy", "superqt", "psygnal", "vispy", "npe2", "pandas", "app_model"}
 
 
 @pytest.fixture(scope="module")

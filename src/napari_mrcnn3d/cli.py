@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return answer if isinstance(answer, int) else 0
 
 
-# ---------------------------------------------------------------------------------------------- commands
+# --- commands
 
 
 class _ModelOptions(ModelConfig):
@@ -269,7 +269,7 @@ def selftest() -> int:
     return 1 if failed else 0
 
 
-# ---------------------------------------------------------------------------------------------- images and pairs
+# --- images and pairs
 
 
 def _segment(source: Path, target: Path, predictor: Predictor, config: PredictConfig) -> None:
@@ -311,7 +311,7 @@ class _Pairs:
             yield LabelPair(prediction.stem, truth=read_labels(truth).data, prediction=read_labels(prediction).data)
 
 
-# ---------------------------------------------------------------------------------------------- options and errors
+# --- options and errors
 
 
 def _overlaid(base: Config, given: BaseModel | None) -> Config:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from napari_mrcnn3d.data._generate import generate_files
-from napari_mrcnn3d.structures import Progress, UserError, drain
+from napari_mrcnn3d.structures import Progress, Steps, UserError, drain
 
 
 def write_two(index: int, place: Path, *, seconds: float = 0.0) -> None:
@@ -43,13 +43,14 @@ def both(*indices: int) -> list[str]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_all_images_are_written_whatever_the_number_of_workers(tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "new" / "folder"
-    steps = generate_files(write_two, folder, count=5, workers=workers, nbytes=1, stage="Making")
-    progress = []
-    try:
-        while True:
-            progress.append(next(steps))
-    except StopIteration as stop:
-        assert stop.value == folder
+    result = []
+
+    def watched() -> Steps[None]:
+        steps = generate_files(write_two, folder, count=5, workers=workers, nbytes=1, stage="Making")
+        result.append((yield from steps))
+
+    progress = list(watched())
+    assert result == [folder]
     assert progress == [Progress(k, 5, "Making") for k in range(6)]
     assert files(folder) == both(*range(5))
     assert sorted(p.name for p in folder.iterdir()) == ["images", "labels"]

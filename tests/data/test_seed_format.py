@@ -40,7 +40,7 @@ def example(*classes: int) -> Example:
 
 
 def foreign_folder(folder: Path, *, first_label: int, classes: tuple[int, ...]) -> None:
-    """A folder as the predecessor leaves it, whose CSV counts labels from ``first_label``, without the table of boxes."""
+    """A folder as the predecessor leaves it, less the table of boxes; its CSV counts labels from ``first_label``."""
     made = example(*classes)
     for sub in ("images", "seg", "csvs"):
         (folder / sub).mkdir(parents=True)
@@ -182,7 +182,7 @@ def test_the_same_seed_draws_the_same_split(tmp_path: Path) -> None:
 )
 def test_a_split_made_elsewhere_finds_its_files_beside_it(tmp_path: Path, stored: str) -> None:
     datasets = written_split(tmp_path / "moved", count=2)
-    paths = [f"images{{}}000002.tiff".format("\\" if "\\" in stored else "/"), "seg/000002.tiff"]
+    paths = ["images\\000002.tiff" if "\\" in stored else "images/000002.tiff", "seg/000002.tiff"]
     rows = ["names,images,segs,cabs,masks", "000002," + ",".join(stored.format(p) for p in paths) + ",,"]
     (datasets / "train.csv").write_text("\n".join(rows) + "\n")
     (pair,), names = find_pairs(datasets / "train.csv", PATTERN)

@@ -134,7 +134,7 @@ def test_the_group_is_the_patterns_first_bracket_or_the_name(
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
         find_pairs(tmp_path / "nowhere", PATTERN)
 
 
@@ -285,7 +285,7 @@ def test_named_groups_are_used_whatever_the_share() -> None:
 
 
 def test_an_unknown_group_is_refused_listing_those_there_are() -> None:
-    with pytest.raises(UserError, match="no group z .*the groups are a, b"):
+    with pytest.raises(UserError, match=r"no group z .*the groups are a, b"):
         split_groups(pairs_of("ab"), validation=("a", "z"), share=0.2, seed=0)
 
 

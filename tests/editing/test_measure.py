@@ -26,7 +26,7 @@ def of_rows(scores: list[float], classes: list[int]) -> Instances:
     candidates = Candidates(
         np.zeros((count, 6), np.float32),
         np.array(scores, np.float32),
-        np.array(classes),
+        np.array(classes, np.int64),
         np.zeros((count, 1, 1, 1), np.uint8),
         (6, 7, 8),
         class_names=("nucleus", "debris"),

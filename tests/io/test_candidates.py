@@ -91,7 +91,7 @@ def test_foreign_files_are_refused(tmp_path: Path, kind: str) -> None:
         ({"scores": np.zeros(3, np.float32)}, "differ in length"),
         ({"classes": np.zeros(4, np.int64)}, "classes without a name"),
         ({"classes": np.full(4, 3)}, "classes without a name"),
-        ({"masks": None}, "masks"),
+        ({"masks": None}, "is no .mrcnn3d file"),
         ({"shape": [9, 20]}, "image shape"),
         ({"shape": [9, 20, -1]}, "image shape"),
         ({"shape": None}, "damaged content"),

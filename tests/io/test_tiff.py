@@ -202,7 +202,14 @@ REFUSED: dict[str, tuple[Callable[[Path, np.ndarray], object], str]] = {
         lambda p, s: saved(p, s.reshape(5, 2, 10, 30)),
         r"2 images along a further axis \(axes \?\?YX, shape 5 x 2 x 10 x 30\): save",
     ),
-    "no y": (lambda p, s: saved(p, s, metadata={"axes": "ZRX"}), r"\(axes ZRX, shape 5 x 20 x 30\): save"),
+    "no y": (
+        lambda p, s: saved(p, s[:, :, :1], metadata={"axes": "ZXR"}),
+        r"no y and x axes \(axes ZX, shape 5 x 20\): save",
+    ),
+    "unknown axis": (
+        lambda p, s: saved(p, s, metadata={"axes": "RYX"}),
+        r"5 images along a further axis \(axes RYX, shape 5 x 20 x 30\): save",
+    ),
     "two stacks": (_two_stacks, r"2 separate images \(the first of shape 5 x 20 x 30\): save"),
     "planes elsewhere": (_planes_elsewhere, "other files that are not beside it: put"),
     "complex": (_complex, r"complex numbers \(complex64\): save"),
@@ -287,6 +294,37 @@ def test_what_exceeds_the_memory_is_refused_before_it_is_read(
     path = saved(tmp_path / "a.tif", stack)
     monkeypatch.setattr(_files.psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
     with pytest.raises(UserError, match=r"a\.tif needs 6\.0 KB of memory and 5\.0 KB are free: close"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "does not fit into the memory: cut"),
+        (OSError(errno.EIO, "Input/output error"), "cannot be read: the system says: Input/output error; copy"),
+        (RuntimeError("decoder"), "damaged, cut off or packed in an unknown way: copy"),
+    ],
+    ids=str,
+)
+def test_what_fails_while_reading_is_explained(
+    tmp_path: Path, stack: np.ndarray, error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    path = saved(tmp_path / "a.tif", stack)
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", fail)
+    with pytest.raises(UserError, match=rf"a\.tif .*{words}") as caught:
+        read_image(path)
+    assert caught.value.__cause__ is error
+
+
+def test_an_unknown_number_type_is_refused(tmp_path: Path, stack: np.ndarray) -> None:
+    path = saved(tmp_path / "a.tif", stack, metadata=None)
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        for page in tif.pages:
+            page.tags["BitsPerSample"].overwrite(65)
+    with pytest.raises(UserError, match=r"a\.tif stores 65 bits per voxel in an unknown way: save"):
         read_image(path)
 
 

@@ -11,7 +11,6 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from skimage.measure import label
 
 from napari_mrcnn3d.metrics.matching import (
     match_overlap,
@@ -40,7 +39,9 @@ def best_assignment(table, thresh):
     """Slow oracle: number of matches and their summed IoU, the best over all one-to-one assignments."""
     table = table if table.shape[0] <= table.shape[1] else table.T
     rows = range(len(table))
-    found = [[table[i, c] for i, c in zip(rows, p, strict=True)] for p in permutations(range(table.shape[1]), len(table))]
+    found = [
+        [table[i, c] for i, c in zip(rows, p, strict=True)] for p in permutations(range(table.shape[1]), len(table))
+    ]
     return max((sum(v >= thresh for v in one), math.fsum(v for v in one if v >= thresh)) for one in found)
 
 
@@ -131,10 +132,8 @@ def test_contested_objects_are_shared_out_for_the_most_matches():
     true = row(1, 1, 1, 2, 2, 0)
     pred = row(6, 5, 5, 5, 0, 0)
 
-    result = matching(true, pred, 0.2)
-
-    assert result.pairs.tolist() == [[1, 6], [2, 5]]
-    assert matching(true, pred, 0.3).pairs.tolist() == [[1, 6]] or matching(true, pred, 0.3).tp == 1
+    assert matching(true, pred, 0.2).pairs.tolist() == [[1, 6], [2, 5]]
+    assert matching(true, pred, 0.3).pairs.tolist() == [[1, 5]]
 
 
 def test_volumes_without_background():
@@ -146,7 +145,9 @@ def test_volumes_without_background():
 
 
 @pytest.mark.parametrize(
-    ("n_true", "n_pred", "value"), [(0, 0, 1.0), (0, 2, 0.0), (2, 0, 0.0)], ids=["both empty", "no truth", "no prediction"]
+    ("n_true", "n_pred", "value"),
+    [(0, 0, 1.0), (0, 2, 0.0), (2, 0, 0.0)],
+    ids=["both empty", "no truth", "no prediction"],
 )
 def test_volumes_without_objects_have_defined_figures(n_true, n_pred, value):
     true, pred = (np.where(np.arange(4) < n, np.arange(1, 5), 0).reshape(1, 1, 4) for n in (n_true, n_pred))
@@ -159,16 +160,16 @@ def test_volumes_without_objects_have_defined_figures(n_true, n_pred, value):
 
 
 def test_more_than_65535_objects_with_large_ids():
-    # Touching objects of 1 x 2 x 2 voxels; the prediction is shifted along x in the upper half, where the IoU is 1/3.
-    ids = np.arange(8 * 96 * 96, dtype=np.uint32).reshape(8, 96, 96)[:, ::-1] * np.uint32(50_000) + np.uint32(1)
+    # Touching objects of 1 x 2 x 2 voxels; the prediction is shifted along x in the last plane, where the IoU is 1/3.
+    ids = np.arange(8 * 96 * 96, dtype=np.uint32).reshape(8, 96, 96) * np.uint32(58_000) + np.uint32(1)
     true = np.repeat(np.repeat(ids, 2, axis=1), 2, axis=2)
     pred = true.copy()
-    pred[4:] = np.roll(true[4:], 1, axis=2)
+    pred[7] = np.roll(true[7], 1, axis=1)
 
     strict, loose = matching(true, pred, (0.5, 0.3))
 
     assert strict.n_true == strict.n_pred == 73_728
-    assert strict.tp == 36_864
+    assert strict.tp == 7 * 96 * 96
     assert strict.pairs.max() > 2**31
     assert loose.tp == 73_728
 
@@ -231,7 +232,7 @@ def test_a_data_set_pools_objects_not_figures():
     assert (whole.tp, whole.fp, whole.fn) == (2, 1, 2)
     assert half.mean_matched_score == pytest.approx(2.5 / 3)
     assert matching_dataset([], [])[0].f1 == 1.0
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match="is shorter than"):
         matching_dataset([good], [])
     with pytest.raises(ValueError, match="same threshold"):
         pool_matchings([half, whole], 0.5)
@@ -241,14 +242,13 @@ def test_qcanet_prediction_of_a_16_cell_embryo(shared_data):
     folder = shared_data / "qcanet_example"
     true = tifffile.imread(folder / "labels" / "16cell.tif")
     pred = tifffile.imread(folder / "qcanet_prediction" / "16cell.tif")
-    ious = iou_table(true, pred)[2].max(axis=1)
 
     results = matching(true, pred, (0.5, 0.6, 0.75, 0.9))
 
     assert [r.tp for r in results] == [16, 15, 8, 0]  # stardist 0.9.2 gives the same counts
     assert results[0].mean_matched_score == pytest.approx(0.735593, abs=1e-6)  # as does its mean
-    assert results[0].mean_matched_score == pytest.approx(ious.mean())
-    assert matching(label(true > 0), true, 0.5).n_pred == 16
+    for (t, p), score in zip(results[0].pairs, results[0].scores, strict=True):
+        assert score == pytest.approx(((true == t) & (pred == p)).sum() / ((true == t) | (pred == p)).sum())
 
 
 def test_a_long_chain_of_contested_objects_is_solved():

@@ -45,9 +45,10 @@ def save_candidates(path: str | Path, candidates: Candidates) -> None:
         "class_names": list(candidates.class_names),
     }
     with atomic_write(path) as temporary:
+        temporary.touch()  # missing folders and rights show here, with their code; a full disk below, without
         try:
             save_file(arrays, temporary, {"format": _FORMAT, "about": json.dumps(about)})
-        except SafetensorError as error:  # how the library reports a full disk
+        except SafetensorError as error:
             raise OSError(f"{error}") from error
 
 
@@ -76,12 +77,13 @@ def load_candidates(path: str | Path) -> Candidates:
                 raise UserError(f"{path} holds no candidates of this version: give a {SUFFIX} file saved by it.")
             check_memory(path.stat().st_size, path)
             arrays = {name: file.get_tensor(name) for name in _DTYPES}
-        return _candidates(arrays, json.loads(metadata["about"]))
     except SafetensorError as error:
         raise UserError(f"{path} is no {SUFFIX} file, or is cut off: save the candidates again.") from error
     except OSError as error:
         raise UserError(read_failure(path, error)) from error
-    except (KeyError, TypeError, ValueError) as error:
+    try:
+        return _candidates(arrays, json.loads(metadata["about"]))
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} has damaged content ({error}): save the candidates again.") from error
 
 

@@ -229,9 +229,10 @@ def _only_stack(tif: tifffile.TiffFile, path: Path) -> tifffile.TiffPageSeries:
 
 
 def _check_number_type(series: tifffile.TiffPageSeries, path: Path) -> None:
-    kind = "" if series.dtype is None else series.dtype.kind
+    number = series.keyframe.dtype  # the series says float64 where the page says unknown
+    kind = "" if number is None else number.kind
     if kind == "c":
-        raise UserError(f"{path} has complex numbers ({series.dtype}): save their magnitude as a real image.")
+        raise UserError(f"{path} has complex numbers ({number}): save their magnitude as a real image.")
     if kind not in tuple("biuf"):
         bits = series.keyframe.bitspersample
         raise UserError(f"{path} stores {bits} bits per voxel in an unknown way: save it as 8, 16 or 32 bits.")

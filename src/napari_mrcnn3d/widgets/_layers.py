@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _CORNERS = np.array(list(product((0, 1), repeat=3)))
 _EDGES = np.array([pair for pair in combinations(range(8), 2) if np.abs(np.subtract(*_CORNERS[list(pair)])).sum() == 1])
-_CHANNEL_NAMES = {"c", "channel", "channels"}
 _TIFF_SUFFIXES = {".tif", ".tiff"}
 
 
@@ -136,10 +135,16 @@ def volume_of(layer: Image, voxel_size: VoxelSize | None, *, frame: int = 0) -> 
         )
     if data.ndim < 3:
         raise UserError(f"“{layer.name}” is a flat image ({shape}): a stack of slices (z, y, x) is needed.")
-    if data.ndim > 4 or layer.axis_labels[0].lower() in _CHANNEL_NAMES or "C" in _tiff_facts(layer)[1]:
+    axes = _tiff_facts(layer)[1] or "".join(label[:1].upper() for label in layer.axis_labels)
+    if data.ndim > 4 or "C" in axes:
         raise UserError(
             f"“{layer.name}” has channels or too many axes ({shape}): right-click it in the layer list, choose Split "
             "Stack, and take the channel that shows the cells."
+        )
+    if data.ndim == 3 and "T" in axes:
+        raise UserError(
+            f"“{layer.name}” is a series of flat images, not a stack: if its frames are really slices, save it so (in "
+            "Fiji: Image > Properties) and open it again."
         )
     if np.dtype(data.dtype).kind not in "buif":
         raise UserError(f"“{layer.name}” holds numbers of type {data.dtype}: convert it to a grey-scale image first.")

@@ -58,15 +58,17 @@ class SelectionPanel(QWidget):
             min_score=self.min_score.value(), max_overlap=self.max_overlap.value(), min_size=self.min_size.value()
         )
 
-    def set_scale(self, footprints: Footprints) -> None:
-        """Let the size slider reach twice the typical candidate, in µm³ or else in voxels."""
+    def show_result(self, footprints: Footprints, config: SelectConfig) -> None:
+        """Set the sliders to a selection; sizes reach twice the typical candidate, in µm³ or else in voxels."""
         voxel_size = footprints.candidates.voxel_size
         typical = float(np.median(footprints.voxels)) if len(footprints) else 0.0
         largest = max(2 * typical * (voxel_size.volume if voxel_size else 1.0), 1.0)
-        self.min_size.blockSignals(True)
-        self.min_size.setRange(0, float(f"{largest:.2g}"))
+        self.blockSignals(True)
+        self.min_size.setRange(0, max(float(f"{largest:.2g}"), config.min_size))
         self.min_size.setDecimals(0 if largest >= 50 else 1)
-        self.min_size.blockSignals(False)
+        for name in ("min_score", "max_overlap", "min_size"):
+            getattr(self, name).setValue(getattr(config, name))
+        self.blockSignals(False)
         self._captions["min_size"].setText(f"Size from ({'µm³' if voxel_size else 'voxels'})")
 
     def show_counts(self, shown: int, hidden: int) -> None:

@@ -62,6 +62,11 @@ class Result:
     target : Target
     config : SelectConfig
         The first selection.
+
+    Signals
+    -------
+    was_edited
+        The user has edited the label layer for the first time.
     """
 
     was_edited = Signal()
@@ -69,6 +74,7 @@ class Result:
     def __init__(self, footprints: Footprints, target: Target, config: SelectConfig) -> None:
         self.footprints = footprints
         self.target = target
+        self.config = config
         self.edited = False
         self.instances: Instances = select(footprints, config)
         self._centroids = centroids_of(footprints)
@@ -77,16 +83,17 @@ class Result:
         self._painted = np.zeros(footprints.candidates.shape, np.uint16 if count < 2**16 else np.int32)
         self.labels = self._label_layer()
         self.boxes = self._box_layer()
-        self._update(config)
+        self._update()
         self.labels.events.paint.connect(self._on_edit)
         self.labels.events.data.connect(self._on_edit)
 
     def select(self, config: SelectConfig) -> None:
         """Repaint both layers; an edited label layer is not touched and neither are its boxes."""
-        if self.edited:
+        if self.edited or config == self.config:
             return
+        self.config = config
         self.instances = select(self.footprints, config)
-        self._update(config)
+        self._update()
         self.labels.refresh(extent=False)
 
     def draw_boxes(self, along: int | None) -> None:
@@ -95,19 +102,19 @@ class Result:
             self._along = along
             self._update_boxes()
 
-    def renewed(self, config: SelectConfig) -> Result:
-        """Make new layers from the same candidates."""
-        return Result(self.footprints, self.target, config)
+    def renewed(self) -> Result:
+        """Make new layers from the same candidates and selection."""
+        return Result(self.footprints, self.target, self.config)
 
     def _on_edit(self) -> None:
         if not self.edited:
             self.edited = True
             self.was_edited.emit()
 
-    def _update(self, config: SelectConfig) -> None:
+    def _update(self) -> None:
         paint(self.footprints, self.instances, out=self._painted)
         self.labels.features = self._features()
-        self.labels.metadata[METADATA_KEY]["config"] |= {"select": config.model_dump()}
+        self.labels.metadata[METADATA_KEY]["config"] |= {"select": self.config.model_dump()}
         self._update_boxes()
 
     def _update_boxes(self) -> None:

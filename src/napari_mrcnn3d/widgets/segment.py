@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from magicgui.widgets import ComboBox, create_widget
 from napari.layers import Image
 from napari.utils.notifications import show_error
-from qtpy.QtCore import QEvent, Qt
-from qtpy.QtWidgets import (
-    QComboBox,
-    QFormLayout,
-    QFrame,
-    QHBoxLayout,
-    QProgressBar,
-    QPushButton,
-    QScrollArea,
-    QSizePolicy,
-    QVBoxLayout,
-    QWidget,
-)
-from superqt import QCollapsible
+from qtpy.QtCore import QEvent
+from qtpy.QtWidgets import QVBoxLayout, QWidget
 
 from napari_mrcnn3d.config import PredictConfig
 from napari_mrcnn3d.inference.paint import Footprints
@@ -34,10 +19,8 @@ from napari_mrcnn3d.model.weights import find_model
 from napari_mrcnn3d.structures import Candidates, Progress, Steps, UserError, Volume
 from napari_mrcnn3d.widgets import _form, _layers
 from napari_mrcnn3d.widgets._jobs import Job, TimeLeft
-from napari_mrcnn3d.widgets._model_choice import ModelChoice
-from napari_mrcnn3d.widgets._selection import SelectionPanel
+from napari_mrcnn3d.widgets._segment_form import SegmentForm
 from napari_mrcnn3d.widgets._session import Result, Session, Target
-from napari_mrcnn3d.widgets._voxel_size import VoxelSizeEdit
 
 if TYPE_CHECKING:
     import napari.viewer
@@ -45,10 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["SegmentWidget", "segment_steps"]
 
 SegmentSteps = Callable[[Volume, str, PredictConfig], Steps[Candidates]]
-
-_DEVICES = {"Automatic": "auto", "Processor": "cpu"} | (
-    {"Apple graphics": "mps"} if sys.platform == "darwin" else {"NVIDIA graphics card": "cuda"}
-)
 
 
 def segment_steps(volume: Volume, model: str, config: PredictConfig) -> Steps[Candidates]:
@@ -94,109 +73,37 @@ class SegmentWidget(QWidget):
         self._viewer = napari_viewer
         self._steps = steps
         self._session = Session(napari_viewer)
-        self._memory = _form.Memory("segment")
         self._job: Job[tuple[Footprints, str]] | None = None
         self._time_left = TimeLeft()
         self._shown: Result | None = None
         self._watched: Image | None = None
-        self._build()
-        self._recall()
+        self.form = SegmentForm()
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.form)
         self._connect()
         self._on_image()
 
-    # ------------------------------------------------------------------------------------------ parts
+    @property
+    def running(self) -> bool:
+        """Whether a run is under way."""
+        return self._job is not None
 
-    def _build(self) -> None:
-        self.image = cast(ComboBox, create_widget(annotation="napari.layers.Image", name="image"))
-        self.image.native.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
-        self.image_note = _form.note()
-        self.model = ModelChoice()
-        self.voxel_size = VoxelSizeEdit()
-        self.device = QComboBox()
-        for text, name in _DEVICES.items():
-            self.device.addItem(text, name)
-        self.tile = _form.Triple(unknown="auto", what="Tile", decimals=0)
-        self.run = QPushButton("Run")
-        self.run.setStyleSheet("QPushButton { font-weight: bold; padding: 8px; }")
-        self.cancel = QPushButton("Cancel")
-        self.cancel.setEnabled(False)
-        self.progress = QProgressBar()
-        self.progress.hide()
-        self.status = _form.note("Choose an image and press Run.")
-        self.selection = SelectionPanel()
-        self._selected = _form.coalesced(self, self._on_selection)
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        body = QWidget()
-        layout = QVBoxLayout(body)
-        layout.addLayout(self._form())
-        layout.addWidget(self._advanced())
-        buttons = QHBoxLayout()
-        buttons.addWidget(self.run, 2)
-        buttons.addWidget(self.cancel, 1)
-        layout.addLayout(buttons)
-        line = QFrame()
-        line.setFrameShape(QFrame.Shape.HLine)
-        for part in (self.progress, self.status, line, self.selection):
-            layout.addWidget(part)
-        layout.addStretch(1)
-        scroll = QScrollArea()
-        scroll.setWidget(body)
-        scroll.setWidgetResizable(True)
-        scroll.setFrameShape(QFrame.Shape.NoFrame)
-        scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        outer = QVBoxLayout(self)
-        outer.setContentsMargins(0, 0, 0, 0)
-        outer.addWidget(scroll)
-        self.setMinimumWidth(340)
-
-    def _form(self) -> QFormLayout:
-        form = _form.stacked()
-        _form.add_row(form, "Image", self.image.native, "The stack to segment.")
-        form.addRow(self.image_note)
-        _form.add_row(form, "Model", self.model, "The network that looks for objects.")
-        _form.add_row(form, "Voxel size (µm)", self.voxel_size, _form.tooltip(PredictConfig, "voxel_size"))
-        return form
-
-    def _advanced(self) -> QCollapsible:
-        inner = QWidget()
-        form = _form.stacked()
-        inner.setLayout(form)
-        _form.add_row(form, "Computed on", self.device, _form.tooltip(PredictConfig, "device"))
-        _form.add_row(form, "Tile (voxels)", self.tile, _form.tooltip(PredictConfig, "tile"))
-        advanced = QCollapsible("Advanced")
-        advanced.addWidget(inner)
-        advanced.layout().setContentsMargins(0, 0, 0, 0)
-        return advanced
-
-    def _connect(self) -> None:
-        layers = self._viewer.layers
-        for event in (layers.events.inserted, layers.events.removed, layers.events.reordered):
-            event.connect(self._on_layers)
-        layers.selection.events.active.connect(self._on_active)
-        self.image.changed.connect(self._on_image)
-        self.voxel_size.apply_asked.connect(self._on_apply)
-        self.run.clicked.connect(self.start)
-        self.cancel.clicked.connect(self.stop)
-        self.selection.changed.connect(self._selected.start)
-        self.selection.renewal_asked.connect(self._on_renewal)
-
-    # ------------------------------------------------------------------------------------------ a run
+    @property
+    def result(self) -> Result | None:
+        """What the sliders work on."""
+        return self._shown
 
     def start(self) -> None:
         """Segment the chosen image, or say why it cannot be."""
         try:
             target, volume, config = self._ordered()
         except UserError as exc:
-            self._say(str(exc))
+            self.form.say(str(exc))
             return
         model = str(target.provenance["model"])
-        self._keep()
-        self.run.setEnabled(False)
-        self.cancel.setEnabled(True)
-        self.progress.setRange(0, 0)
-        self.progress.show()
+        self.form.keep()
+        self.form.show_running(True)
         self._time_left = TimeLeft()
         self._job = Job(
             _run_steps(self._steps(volume, model, config), model),
@@ -209,8 +116,40 @@ class SegmentWidget(QWidget):
     def stop(self) -> None:
         """Cancel the run; the widget is usable again at once."""
         if self._job is not None:
-            self._say("Cancelled.")
+            self.form.say("Cancelled.")
             self._job.cancel()
+
+    def event(self, a0: QEvent | None) -> bool:
+        """Stop everything when napari takes the widget out of its dock, which is how it closes one."""
+        if a0 is not None and a0.type() == QEvent.Type.ParentChange and self.parent() is None:
+            self._release()
+        return bool(super().event(a0))
+
+    def _connect(self) -> None:
+        layers = self._viewer.layers
+        for event in (layers.events.inserted, layers.events.removed, layers.events.reordered):
+            event.connect(self._on_layers)
+        layers.selection.events.active.connect(self._on_active)
+        form = self.form
+        self._selected = _form.coalesced(self, self._on_selection)
+        form.image.changed.connect(self._on_image)
+        form.voxel_size.apply_asked.connect(self._on_apply)
+        form.run.clicked.connect(self.start)
+        form.cancel.clicked.connect(self.stop)
+        form.selection.changed.connect(self._selected.start)
+        form.selection.renewal_asked.connect(self._on_renewal)
+
+    def _release(self) -> None:
+        if self._job is not None:
+            self._job.cancel()
+        self._watch(None)
+        self._session.close()
+        layers = self._viewer.layers
+        for event in (layers.events.inserted, layers.events.removed, layers.events.reordered):
+            event.disconnect(self._on_layers)
+        layers.selection.events.active.disconnect(self._on_active)
+
+    # ------------------------------------------------------------------------------------------ a run
 
     def _ordered(self) -> tuple[Target, Volume, PredictConfig]:
         """Collect what a run needs from layers and form.
@@ -220,82 +159,87 @@ class SegmentWidget(QWidget):
         UserError
             If something is missing or unsuitable.
         """
-        layer = self.image.value
+        layer = self.form.image.value
         if layer is None:
             raise UserError("No image is open: drop a TIFF stack on the viewer, or choose File > Open Sample.")
-        model, voxel_size, tile = self.model.value(), self.voxel_size.value(), self.tile.value()
-        config = PredictConfig(
-            voxel_size=voxel_size,
-            device=self.device.currentData(),
-            tile=None if tile is None else (int(tile[0]), int(tile[1]), int(tile[2])),
-        )
+        model, config = self.form.model.value(), self.form.config()
         frame = self._frame(layer)
+        voxel_size = self.form.voxel_size.value()
         volume = _layers.volume_of(layer, voxel_size, frame=frame)
         settings = config.model_dump(mode="json", exclude={"select"})
         return Target(layer, frame, voxel_size, {"model": model, "config": settings}), volume, config
 
+    def _frame(self, layer: Image) -> int:
+        """Tell which frame of a series the viewer shows; 0 for a single stack."""
+        count = _layers.frame_count(layer)
+        if count is None:
+            return 0
+        point = self._viewer.dims.point[-layer.ndim :]
+        return int(min(max(round(layer.world_to_data(point)[0]), 0), count - 1))
+
     def _on_progress(self, progress: Progress) -> None:
-        self.progress.setRange(0, progress.total)
-        self.progress.setValue(progress.done)
+        self.form.progress.setRange(0, progress.total)
+        self.form.progress.setValue(progress.done)
         left = self._time_left.sentence(progress)
-        self._say(f"{progress.stage}, {left}." if left else f"{progress.stage}…")
+        self.form.say(f"{progress.stage}, {left}." if left else f"{progress.stage}…")
 
     def _on_result(self, target: Target, found: tuple[Footprints, str]) -> None:
         footprints, digest = found
         target = replace(target, provenance={**target.provenance, "model_hash": digest})
-        self.selection.set_scale(footprints)
-        result = self._add(Result(footprints, target, self.selection.config()))
-        self._say(_outcome(result))
-
-    def _add(self, result: Result) -> Result:
-        result.was_edited.connect(self._on_selection)
-        self._session.add(result)
-        self._show(result)
-        return result
+        result = self._add(Result(footprints, target, self.form.selection.config()))
+        self.form.say(_outcome(result))
 
     def _on_failure(self, sentence: str) -> None:
-        self._say(sentence)
+        self.form.say(sentence)
         show_error(sentence)
 
     def _on_end(self) -> None:
         self._job = None
-        self.run.setEnabled(True)
-        self.cancel.setEnabled(False)
-        self.progress.hide()
+        self.form.show_running(False)
 
     # ------------------------------------------------------------------------------------------ after a run
+
+    def _add(self, result: Result) -> Result:
+        result.was_edited.connect(self._report)
+        self._session.add(result)
+        self._show(result)
+        return result
 
     def _show(self, result: Result | None) -> None:
         """Let the sliders work on this result."""
         self._shown = result
         if result is None:
-            self.selection.show_nothing()
+            self.form.selection.show_nothing()
         else:
-            self.selection.set_scale(result.footprints)
-            self._on_selection()
+            self.form.selection.show_result(result.footprints, result.config)
+            self._report()
 
     def _on_selection(self) -> None:
-        """Repaint the shown result, unless the user has edited it."""
+        if self._shown is not None:
+            self._shown.select(self.form.selection.config())
+            self._report()
+
+    def _report(self) -> None:
+        """Say how many objects are shown, or why the sliders do nothing."""
         result = self._shown
         if result is None:
             return
         if result.edited:
-            self.selection.show_locked(result.labels.name)
-            return
-        result.select(self.selection.config())
-        shown = len(result.instances)
-        self.selection.show_counts(shown, len(result.footprints) - shown)
+            self.form.selection.show_locked(result.labels.name)
+        else:
+            shown = len(result.instances)
+            self.form.selection.show_counts(shown, len(result.footprints) - shown)
 
     def _on_renewal(self) -> None:
         if self._shown is not None:
-            self._add(self._shown.renewed(self.selection.config()))
+            self._add(self._shown.renewed())
 
     # ------------------------------------------------------------------------------------------ the viewer
 
     def _on_layers(self) -> None:
-        self.image.reset_choices()
+        self.form.image.reset_choices()
         if self._shown is not None and self._shown not in self._session.results:
-            self._show(self._session.of(self.image.value))
+            self._show(self._session.of(self.form.image.value))
 
     def _on_active(self) -> None:
         """Follow the layer list: the sliders belong to the result whose layer is selected."""
@@ -305,11 +249,11 @@ class SegmentWidget(QWidget):
 
     def _on_image(self) -> None:
         """Show what is known of the chosen image, and its result."""
-        layer = self.image.value
+        layer = self.form.image.value
         if layer is self._watched:
             return
         self._watch(layer)
-        known = self.voxel_size.show_layer(layer)
+        known = self.form.voxel_size.show_layer(layer)
         if known.origin == "file" and len(self._viewer.layers) == 1 and _layers.is_uncalibrated(layer):
             self._on_apply()  # nothing else can get out of place
         self._explain_image()
@@ -324,28 +268,20 @@ class SegmentWidget(QWidget):
         self._watched = layer
 
     def _on_scale(self) -> None:
-        self.voxel_size.show_layer(self._watched)
+        self.form.voxel_size.show_layer(self._watched)
 
     def _on_apply(self) -> None:
         """Show the image with the voxel size of the form."""
         try:
-            size = self.voxel_size.value()
+            size = self.form.voxel_size.value()
         except UserError as exc:
-            self._say(str(exc))
+            self.form.say(str(exc))
             return
         if size is not None and self._watched is not None:
             shown = self._viewer.dims.current_step
             _layers.calibrate(self._viewer.layers, self._watched, size)
             self._viewer.dims.current_step = shown
             self._viewer.reset_view()
-
-    def _frame(self, layer: Image) -> int:
-        """Tell which frame of a series the viewer shows; 0 for a single stack."""
-        count = _layers.frame_count(layer)
-        if count is None:
-            return 0
-        point = self._viewer.dims.point[-layer.ndim :]
-        return int(min(max(round(layer.world_to_data(point)[0]), 0), count - 1))
 
     def _explain_image(self) -> None:
         """Say beforehand what a run would say: that a series has a frame chosen, or why the image cannot be used."""
@@ -358,48 +294,8 @@ class SegmentWidget(QWidget):
             else:
                 count = _layers.frame_count(layer)
                 sentence = "" if count is None else f"A series of {count} frames: the one shown is segmented."
-        self.image_note.setText(sentence)
-        self.image_note.setVisible(bool(sentence))
-
-    def _say(self, sentence: str) -> None:
-        self.status.setText(sentence)
-
-    # ------------------------------------------------------------------------------------------ coming and going
-
-    def _recall(self) -> None:
-        """Set what was chosen last time."""
-        with suppress(UserError):  # the model file has gone meanwhile
-            if model := self._memory.recall("model"):
-                self.model.choose(model)
-        self.device.setCurrentIndex(max(self.device.findData(self._memory.recall("device", "auto")), 0))
-        for name in ("min_score", "max_overlap"):
-            control = getattr(self.selection, name)
-            control.setValue(self._memory.recall_number(name, control.value()))
-
-    def _keep(self) -> None:
-        """Remember what is chosen, for the next start."""
-        self._memory.keep(
-            model=self.model.value(),
-            device=self.device.currentData(),
-            min_score=self.selection.min_score.value(),
-            max_overlap=self.selection.max_overlap.value(),
-        )
-
-    def event(self, a0: QEvent | None) -> bool:
-        """Stop everything when napari takes the widget out of its dock, which is how it closes one."""
-        if a0 is not None and a0.type() == QEvent.Type.ParentChange and self.parent() is None:
-            self._release()
-        return bool(super().event(a0))
-
-    def _release(self) -> None:
-        if self._job is not None:
-            self._job.cancel()
-        self._watch(None)
-        self._session.close()
-        layers = self._viewer.layers
-        for event in (layers.events.inserted, layers.events.removed, layers.events.reordered):
-            event.disconnect(self._on_layers)
-        layers.selection.events.active.disconnect(self._on_active)
+        self.form.image_note.setText(sentence)
+        self.form.image_note.setVisible(bool(sentence))
 
 
 def _outcome(result: Result) -> str:
