@@ -36,7 +36,7 @@ _GRID = {
     "min_volume": (100.0, 200.0, 400.0, 600.0, 800.0),
 }
 
-REFERENCE = {
+REFERENCE: dict[str, Any] = {
     "method": "StarDist 3D, 50 min on two cores (from the issue, not measured in this run)",
     "training": "the other nine embryos",
     "f1": 0.862,

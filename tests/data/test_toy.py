@@ -120,7 +120,7 @@ def test_noise_is_photons_inside_objects_only() -> None:
 
 
 def test_objects_too_large_for_the_image_are_given_up() -> None:
-    made = toy_image(ToyConfig(image_size=16, base_radius=20), 0)
+    made = toy_image(ToyConfig(image_size=16, base_radius=16), 0)
     assert (len(made.boxes), made.boxes.shape, made.labels.max()) == (0, (0, 6), 0)
 
 

@@ -76,6 +76,17 @@ def test_predictions_choose_in_the_order_of_their_scores(true, pred, scores, cla
     assert len(result.true_classes) == len(np.unique(true[true > 0]))
 
 
+def test_the_surest_prediction_takes_its_best_object_and_leaves_the_rest():
+    # 4, the surest, has an IoU of 2/4 with 1 and of 1/3 with 2; it takes 1, though 3 has nothing else.
+    true, pred = row(1, 1, 1, 2, 0), row(3, 4, 4, 4, 0)
+    scores = np.array([0.0, 0.0, 0.5, 0.9])
+
+    (result,) = rank_predictions(LabelledObjects(true), LabelledObjects(pred, scores=scores), (0.2,))
+
+    assert result.scores.tolist() == [0.9, 0.5]
+    assert result.ious.tolist() == [0.5, 0.0]
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 4))
 def test_the_exact_area_is_that_of_the_envelope(hits, missed):

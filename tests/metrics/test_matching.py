@@ -231,7 +231,8 @@ def test_a_data_set_pools_objects_not_figures():
     assert (half.tp, half.fp, half.fn, half.n_true) == (3, 0, 1, 4)
     assert (whole.tp, whole.fp, whole.fn) == (2, 1, 2)
     assert half.mean_matched_score == pytest.approx(2.5 / 3)
-    assert matching_dataset([], [])[0].f1 == 1.0
+    assert matching_dataset([good], [bad]).recall == 0.5
+    assert matching_dataset([], []).f1 == 1.0
     with pytest.raises(ValueError, match="is shorter than"):
         matching_dataset([good], [])
     with pytest.raises(ValueError, match="same threshold"):

@@ -24,7 +24,7 @@ def ramps(level: int, batch: int = 1) -> Tensor:
 
 def boxes_inside(count: int, seed: int) -> Tensor:
     """Boxes of all sizes, far enough from the border for every level."""
-    return random_boxes(count, seed, extent=12.0, sides=(2.0, 20.0)) + torch.tensor([10.0, 26, 26]).repeat(2)
+    return random_boxes(count, seed, extent=8.0, sides=(2.0, 16.0)) + torch.tensor([12.0, 28, 28]).repeat(2)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_level_changes_half_way_between_two_sizes() -> None:
 
 
 def test_pooled_features_are_those_under_the_box_on_every_level() -> None:
-    config = tiny_config(roi_levels=(0, 1, 2))
+    config = tiny_config(roi_levels=(0, 1, 2), roi_canonical_size=4.0)
     boxes = boxes_inside(30, 0)
     pool = MultiScaleRoIAlign3D(config, (2, 3, 4))
     assert set(pool.levels_of(boxes).tolist()) == {0, 1, 2}
@@ -60,7 +60,7 @@ def test_pooled_features_are_those_under_the_box_on_every_level() -> None:
 
 @pytest.mark.parametrize("sampling", ["roi_align", "crop_and_resize"])
 def test_regions_keep_their_order_and_their_image(sampling: str) -> None:
-    config = tiny_config(roi_levels=(0, 1, 2), roi_sampling=sampling)
+    config = tiny_config(roi_levels=(0, 1, 2), roi_canonical_size=4.0, roi_sampling=sampling)
     boxes = boxes_inside(24, 1)
     images = torch.arange(24) % 2
     maps = [torch.randn(2, 4, *ramps(k).shape[2:], generator=torch.Generator().manual_seed(k)) for k in range(3)]

@@ -95,7 +95,7 @@ def test_losses_are_finite_whatever_there_is(target: Target, proposals: Tensor) 
 def test_objects_themselves_are_learnt_from_when_nothing_is_proposed() -> None:
     losses = losses_of(RoIHeads(tiny_config()), torch.zeros(0, 6), OBJECTS)
     assert losses["loss_mask"] > 0
-    assert losses["loss_box_reg"] == pytest.approx(0, abs=1e-4)  # an untrained head moves no box
+    assert losses["loss_box_reg"] < 1e-4  # an untrained head moves no box
 
 
 def test_boxes_are_learnt_where_they_are_wrong() -> None:

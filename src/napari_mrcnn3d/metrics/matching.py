@@ -180,30 +180,41 @@ def match_overlap(overlap: Overlap, thresh: float) -> Matching:
     return Matching(float(thresh), overlap.n_true, overlap.n_pred, ids, iou[chosen])
 
 
+@overload
+def matching_dataset(y_true: Iterable[ArrayLike], y_pred: Iterable[ArrayLike], thresh: float = 0.5) -> Matching: ...
+@overload
 def matching_dataset(
-    y_true: Iterable[ArrayLike], y_pred: Iterable[ArrayLike], thresh: Sequence[float] = (0.5,)
-) -> tuple[Matching, ...]:
+    y_true: Iterable[ArrayLike], y_pred: Iterable[ArrayLike], thresh: Sequence[float]
+) -> tuple[Matching, ...]: ...
+def matching_dataset(
+    y_true: Iterable[ArrayLike], y_pred: Iterable[ArrayLike], thresh: float | Sequence[float] = 0.5
+) -> Matching | tuple[Matching, ...]:
     """Match volume by volume and pool the objects of all volumes.
 
     Parameters
     ----------
     y_true, y_pred : iterables of array-like
         Label volumes, paired in order, read one pair at a time.
-    thresh : sequence of float
-        Smallest IoUs of a match.
+    thresh : float or sequence of float
+        Smallest IoU of a match, above 0 and at most 1.
 
     Returns
     -------
-    tuple of Matching
-        One for each threshold, over all volumes together.
+    Matching or tuple of Matching
+        Over all volumes together; one for each threshold if a sequence was given.
 
     Raises
     ------
+    TypeError
+        As :func:`matching`.
     ValueError
         If one iterable is longer, and as :func:`matching`.
     """
-    results = [matching(true, pred, tuple(thresh)) for true, pred in zip(y_true, y_pred, strict=True)]
-    return tuple(pool_matchings([r[i] for r in results], t) for i, t in enumerate(thresh))
+    single = isinstance(thresh, (int, float))
+    thresholds = (float(thresh),) if isinstance(thresh, (int, float)) else tuple(thresh)
+    results = [matching(true, pred, thresholds) for true, pred in zip(y_true, y_pred, strict=True)]
+    pooled = tuple(pool_matchings([r[i] for r in results], t) for i, t in enumerate(thresholds))
+    return pooled[0] if single else pooled
 
 
 def pool_matchings(matchings: Sequence[Matching], thresh: float) -> Matching:

@@ -155,7 +155,7 @@ class RoIHeads(nn.Module):
         wanted = encode_boxes(truth[positive], boxes[positive], self.config.box_weights)
         distance = F.smooth_l1_loss(deltas[positive, classes[positive]], wanted, beta=1.0, reduction="sum")
         return {
-            "loss_classifier": F.cross_entropy(logits, classes),
+            "loss_classifier": F.cross_entropy(logits, classes, reduction="sum") / max(len(boxes), 1),
             "loss_box_reg": distance / max(len(boxes), 1),
             "loss_mask": self._mask_loss(pyramid, samples, targets, shape),
         }

@@ -97,7 +97,7 @@ def calibrate(layers: Iterable[Layer], like: Image, size: VoxelSize) -> None:
     Those are images and labels of its extent, and all points, shapes and vectors: they stay in place over the image,
     and napari keeps drawing everything in one unit.
     """
-    for layer in [like, *(other for other in layers if other is not like and _lies_over(other, like))]:
+    for layer in [like, *(other for other in layers if other != like and _lies_over(other, like))]:
         ratio = np.asarray(size) / layer.scale[-3:]
         layer.translate = [*layer.translate[:-3], *(layer.translate[-3:] * ratio)]
         layer.scale = [*layer.scale[:-3], *size]

@@ -54,7 +54,7 @@ class SegmentForm(QScrollArea):
         self.run.setStyleSheet("QPushButton { font-weight: bold; padding: 8px; }")
         self.cancel = QPushButton("Cancel")
         self.progress = QProgressBar()
-        self.status = _form.note("Choose an image and press Run.")
+        self.status = _form.note("Press Run to find the objects of the image.")
         self.selection = SelectionPanel()
         self._memory = _form.Memory("segment")
         self._lay_out()

@@ -239,7 +239,7 @@ class Session:
     def add(self, result: Result) -> None:
         """Put a result over its image, and hide older ones of the same image so that only one is seen."""
         for old in self.results:
-            if old.target.image is result.target.image and old.target.frame == result.target.frame:
+            if old.target.image == result.target.image and old.target.frame == result.target.frame:
                 old.labels.visible = old.boxes.visible = False
         result.draw_boxes(self._sliced_axis())
         self.results.append(result)

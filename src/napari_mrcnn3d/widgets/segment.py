@@ -250,7 +250,7 @@ class SegmentWidget(QWidget):
     def _on_image(self) -> None:
         """Show what is known of the chosen image, and its result."""
         layer = self.form.image.value
-        if layer is self._watched:
+        if layer is not None and layer == self._watched:
             return
         self._watch(layer)
         known = self.form.voxel_size.show_layer(layer)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 
 from napari_mrcnn3d.editing.measure import instance_table
+from napari_mrcnn3d.io._files import atomic_write
 from napari_mrcnn3d.io.tables import write_table
 from napari_mrcnn3d.io.tiff import write_labels as write_tiff
-from napari_mrcnn3d.structures import UserError, VoxelSize
+from napari_mrcnn3d.structures import VoxelSize
 from napari_mrcnn3d.widgets._layers import calibration
 from napari_mrcnn3d.widgets._session import METADATA_KEY
 
@@ -19,6 +21,8 @@ __all__ = ["write_labels"]
 
 def write_labels(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     """Write a label layer and, under the same name, its table (``.csv``).
+
+    napari may hand any label layer to this function: flat ones and series are written as they are, without a table.
 
     Parameters
     ----------
@@ -32,26 +36,31 @@ def write_labels(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     Returns
     -------
     list of str
-        Both files.
+        The files written.
 
     Raises
     ------
     UserError
-        If the layer is no single stack, or a file cannot be written.
+        If a file cannot be written.
     """
     labels = np.asarray(data[0] if attributes.get("multiscale") else data)
-    if labels.ndim < 3 or any(side != 1 for side in labels.shape[:-3]):
-        raise UserError(
-            f"“{attributes.get('name')}” has the shape {labels.shape}: only a single stack (z, y, x) can be saved as "
-            "labels with a table."
-        )
+    target = Path(path)
+    if not _is_stack(labels):
+        with atomic_write(target) as temporary:
+            tifffile.imwrite(temporary, labels, compression="zlib")
+        return [str(target)]
     labels = labels.reshape(labels.shape[-3:])
     size = _voxel_size(attributes)
-    target = Path(path)
     table = _with_origin(instance_table(labels, None, size), attributes)
     write_tiff(target, labels, size)
     write_table(target.with_suffix(".csv"), table)
     return [str(target), str(target.with_suffix(".csv"))]
+
+
+def _is_stack(labels: np.ndarray) -> bool:
+    """Whether these are labels of one volume, which a table can describe."""
+    single = labels.ndim >= 3 and all(side == 1 for side in labels.shape[:-3]) and labels.size > 0
+    return single and labels.min() >= 0 and labels.max() <= np.iinfo(np.uint32).max
 
 
 def _voxel_size(attributes: dict[str, Any]) -> VoxelSize | None:
