@@ -126,6 +126,7 @@ class ModelConfig(_Config):
     roi_fg_iou: Share = Field(0.45, description="IoU from which a region is an object in training.")
     roi_batch_size: PositiveInt = Field(64, description="Regions sampled per image in training.")
     roi_positive_fraction: Share = Field(0.33, description="Largest share of objects among them.")
+    roi_hard_negatives: bool = Field(True, description="Prefer background regions that look like objects in the loss.")
     mask_batch_size: PositiveInt = Field(16, description="Regions per image whose masks are trained.")
     box_weights: Weights = Field((10.0, 5.0), description="Weights of box centre and size targets.")
 
@@ -242,7 +243,7 @@ class TrainConfig(_Config):
     ema: float = Field(0.995, ge=0, lt=1, description="Decay of the averaged weights that are kept; 0 keeps the last.")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="Arithmetic of the convolutions.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
-    seed: int = Field(0, description="Start of all random numbers.")
+    seed: int = Field(0, ge=0, description="Start of all random numbers.")
     about: str = Field("", description="A sentence on the data and their licence, kept in the model file.")
     validate_minutes: PositiveFloat = Field(10.0, description="Minutes between two validations.")
     validate_volumes: PositiveInt = Field(8, description="Most volumes used in a validation during training.")
@@ -257,7 +258,13 @@ class ToyConfig(_Config):
     max_objects: int = Field(20, ge=0, description="Most objects asked for.")
     base_radius: PositiveFloat = Field(15.0, description="Typical half side in voxels, varied by 0.5 to 2 per axis.")
     signal: tuple[float, float] = Field((0.02, 0.10), description="Range of the brightness objects add.")
-    seed: int = Field(0, description="Start of all random numbers; image n depends on it and n alone.")
+    seed: int = Field(0, ge=0, description="Start of all random numbers; image n depends on it and n alone.")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        _check_range("objects", self.min_objects, self.max_objects)
+        _check_range("signal", *self.signal)
+        return self
 
 
 class EmbryoConfig(_Config):
@@ -268,12 +275,23 @@ class EmbryoConfig(_Config):
     min_nuclei: PositiveInt = Field(6, description="Fewest nuclei.")
     max_nuclei: PositiveInt = Field(30, description="Most nuclei.")
     nucleus_diameter: tuple[float, float] = Field((9.0, 14.0), description="Range of nuclear diameters in µm.")
-    blur: FloatTriple = Field((1.6, 0.5, 0.5), description="Standard deviation of the microscope's blur in µm, z y x.")
+    blur: FloatTriple = Field((2.4, 0.6, 0.6), description="Standard deviation of the microscope's blur in µm, z y x.")
     attenuation: float = Field(0.008, ge=0, description="Loss of light per µm of depth (0.01 loses 63 % in 100 µm).")
-    photons: PositiveFloat = Field(60.0, description="Photons a bright voxel gives: fewer are noisier.")
-    read_noise: float = Field(2.0, ge=0, description="Camera noise in photons (standard deviation).")
-    background: float = Field(4.0, ge=0, description="Light outside nuclei in photons.")
-    seed: int = Field(0, description="Start of all random numbers; image n depends on it and n alone.")
+    photons: PositiveFloat = Field(30.0, description="Photons a bright voxel gives: fewer are noisier.")
+    read_noise: float = Field(0.3, ge=0, description="Camera noise in photons (standard deviation).")
+    background: float = Field(0.8, ge=0, description="Light outside nuclei in photons.")
+    seed: int = Field(0, ge=0, description="Start of all random numbers; image n depends on it and n alone.")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        _check_range("nuclei", self.min_nuclei, self.max_nuclei)
+        _check_range("nucleus_diameter", *self.nucleus_diameter)
+        return self
+
+
+def _check_range(name: str, least: float, most: float) -> None:
+    if least > most:
+        raise ValueError(f"the range of {name} runs from {least} down to {most}: give the smaller number first")
 
 
 def preset(name: str) -> tuple[ModelConfig, DataConfig, TrainConfig]:
@@ -339,6 +357,7 @@ def _seed_model() -> ModelConfig:
         roi_fg_iou=0.5,
         roi_batch_size=40,
         roi_positive_fraction=0.2,
+        roi_hard_negatives=False,
         mask_batch_size=8,
         nms_iou=0.3,
         max_candidates=40,

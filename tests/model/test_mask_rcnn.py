@@ -56,7 +56,8 @@ def test_every_level_covers_the_whole_image(shape: Shape) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"block": "bottleneck", "norm": "affine", "box_head_kernel": 0}])
 def test_every_weight_learns(changes: dict[str, object]) -> None:
-    model = tiny_model(**changes).train()
+    everywhere = {"rpn_batch_size": 5000, "rpn_hard_negatives": False, "roi_levels": (0, 1, 2)}
+    model = tiny_model(**everywhere, **changes).train()
     images, targets = batch([TWO])
     torch.stack(list(model.loss(images, targets).values())).sum().backward()
     for name, parameter in model.named_parameters():
@@ -85,7 +86,7 @@ def test_losses_are_finite_whatever_the_objects(objects: list[list], changes: di
 
 def test_classes_and_masks_per_class() -> None:
     names = ("nucleus", "cell", "pollen")
-    model = tiny_model(class_names=names, score_floor=0.0, max_candidates=60)
+    model = tiny_model(class_names=names, score_floor=0.0, max_candidates=5000)
     images, targets = batch([TWO], classes=[1, 3])
     assert all(torch.isfinite(v) for v in model.loss(images, targets).values())
     assert model.roi_heads.mask_head(torch.zeros(2, 8, 4, 4, 4)).shape == (2, 3, 8, 8, 8)

@@ -14,7 +14,7 @@ from napari_mrcnn3d.config import ModelConfig, Triple
 from napari_mrcnn3d.model.box_coder import clip_boxes, decode_boxes, encode_boxes
 from napari_mrcnn3d.model.box_head import BoxHead
 from napari_mrcnn3d.model.mask_head import MaskHead
-from napari_mrcnn3d.model.matcher import match_iou, sample_random
+from napari_mrcnn3d.model.matcher import match_iou, sample_hard, sample_random
 from napari_mrcnn3d.model.poolers import MultiScaleRoIAlign3D
 from napari_mrcnn3d.model.rpn import MIN_SIDE
 
@@ -165,7 +165,12 @@ class RoIHeads(nn.Module):
         config = self.config
         boxes = torch.cat([proposals, target.boxes])
         matched = match_iou(target.boxes, boxes, fg_iou=config.roi_fg_iou, bg_iou=config.roi_fg_iou)
-        positive, negative = sample_random(matched, config.roi_batch_size, config.roi_positive_fraction)
+        count, share = config.roi_batch_size, config.roi_positive_fraction
+        if config.roi_hard_negatives:
+            order = torch.arange(len(boxes), 0, -1, device=boxes.device, dtype=boxes.dtype)  # proposals come best first
+            positive, negative = sample_hard(matched, order, count, positive_fraction=share, pool=1)
+        else:
+            positive, negative = sample_random(matched, count, share)
         rows = matched[positive]
         index = torch.cat([positive, negative])
         classes = torch.zeros_like(index)

@@ -23,6 +23,9 @@ __all__ = ["Failure", "Job", "TimeLeft"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_ALIVE: set[Job[Any]] = set()
+"""Jobs whose thread has not ended: Qt holds the owner of a slot only weakly, and clean-up must not depend on the owner."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -120,6 +123,7 @@ class Job(Generic[T]):
         self._worker.yielded.connect(self._on_progress)
         self._worker.returned.connect(self._on_return)
         self._worker.finished.connect(self._on_finish)
+        _ALIVE.add(self)
         self._worker.start()
 
     @property
@@ -150,6 +154,7 @@ class Job(Generic[T]):
         """Run the generator's clean-up now, not whenever the worker object happens to be released."""
         self._worker = None
         self._steps.close()
+        _ALIVE.discard(self)
         self._end()
 
     def _end(self) -> None:

@@ -124,7 +124,7 @@ def volume_of(layer: Image, voxel_size: VoxelSize | None, *, frame: int = 0) -> 
     Raises
     ------
     UserError
-        If the layer is no single-channel stack of real numbers.
+        If the layer is no single-channel stack.
     """
     data = _level(layer)
     shape = " x ".join(map(str, data.shape))
@@ -146,10 +146,6 @@ def volume_of(layer: Image, voxel_size: VoxelSize | None, *, frame: int = 0) -> 
             f"“{layer.name}” is a series of flat images, not a stack: if its frames are really slices, save it so (in "
             "Fiji: Image > Properties) and open it again."
         )
-    if np.dtype(data.dtype).kind not in "buif":
-        raise UserError(f"“{layer.name}” holds numbers of type {data.dtype}: convert it to a grey-scale image first.")
-    if 0 in data.shape:
-        raise UserError(f"“{layer.name}” is empty ({shape}): choose another image.")
     return Volume(data if data.ndim == 3 else data[frame], voxel_size, layer.name)
 
 
