@@ -119,7 +119,9 @@ def predict(source: object, out: object, model: Path, *more: str) -> int:
     return main(["predict", str(source), "-o", str(out), "--model", str(model), *more])
 
 
-def test_predict_writes_labels_with_the_calibration_and_a_table(stack: Path, model_file: Path, tmp_path: Path) -> None:
+def test_predict_writes_labels_with_the_calibration_and_a_table(
+    stack: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.tif"
     assert predict(stack, out, model_file, "--min-score", "0", "--max-overlap", "1") == 0
     labels, table = read_labels(out), read_table(out.with_suffix(".csv"))
@@ -127,6 +129,7 @@ def test_predict_writes_labels_with_the_calibration_and_a_table(stack: Path, mod
     assert labels.voxel_size == pytest.approx(SIZE)
     ids, voxels = np.unique(np.asarray(labels.data)[np.asarray(labels.data) > 0], return_counts=True)
     assert len(ids) > 0
+    assert capsys.readouterr().out == f"{out}: {len(ids)} objects\n"
     np.testing.assert_array_equal(table["label"], ids)
     np.testing.assert_array_equal(table["volume_voxels"], voxels)
     np.testing.assert_allclose(table["volume_um3"], voxels * SIZE.volume)
@@ -346,6 +349,27 @@ def test_train_lays_the_options_over_the_preset(
     assert seen["data"] == data.model_copy(update={"validation": ("Emb10", "Emb11"), "patch_size": (16, 32, 32)})
     assert seen["train"] == train.model_copy(update={"steps": 7})
     assert capsys.readouterr().out.strip() == "m.safetensors"
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")])
+def test_a_memory_that_is_too_small_is_no_crash(
+    problem: Exception, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def train_steps(*_: object, **__: object) -> Steps[Path]:
+        yield Progress(1, 2, "Training")
+        raise problem
+
+    monkeypatch.setattr("napari_mrcnn3d.training.trainer.train_steps", train_steps)
+    assert "--patch-size" in refused("train", "--data", tmp_path, "--out", tmp_path / "m.safetensors")
+
+
+def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(selftest, "facts", facts)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["info"])
 
 
 def test_train_refuses_images_and_labels_of_different_shape(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from tests._tiny import tiny_config
 
 from napari_mrcnn3d import config as module
 from napari_mrcnn3d.config import DataConfig, ModelConfig, PredictConfig, SelectConfig, TrainConfig, preset
+from tests._tiny import tiny_config
 
 CONFIGS = [getattr(module, name) for name in module.__all__ if name.endswith("Config")]
 

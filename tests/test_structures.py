@@ -28,7 +28,19 @@ def test_a_voxel_size_is_three_lengths(values: Any) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [(1, 1), (1, 1, 1, 1), (0, 1, 1), (-1, 1, 1), (np.nan, 1, 1), (np.inf, 1, 1), ("a", 1, 1), 5, None, "211", [[1], 2, 3]],
+    [
+        (1, 1),
+        (1, 1, 1, 1),
+        (0, 1, 1),
+        (-1, 1, 1),
+        (np.nan, 1, 1),
+        (np.inf, 1, 1),
+        ("a", 1, 1),
+        5,
+        None,
+        "211",
+        [[1], 2, 3],
+    ],
 )
 def test_anything_else_is_refused_by_its_value(values: Any) -> None:
     with pytest.raises(UserError, match=r"is not usable: give three positive lengths in µm"):
@@ -51,7 +63,9 @@ def test_a_volume_has_three_axes() -> None:
 def candidates(count: int = 3) -> Candidates:
     boxes = np.arange(6 * count, dtype=np.float32).reshape(count, 6)
     scores, classes = np.linspace(1, 0.5, count), np.arange(1, count + 1)
-    return Candidates(boxes, scores, classes, np.zeros((count, 2, 3, 4), np.uint8), (9, 9, 9), VoxelSize(2, 1, 1), ("a",))
+    return Candidates(
+        boxes, scores, classes, np.zeros((count, 2, 3, 4), np.uint8), (9, 9, 9), VoxelSize(2, 1, 1), ("a",)
+    )
 
 
 @pytest.mark.parametrize("index", [np.array([2, 0]), np.array([True, False, True])])

@@ -23,7 +23,7 @@ from napari_mrcnn3d.widgets.segment import SegmentWidget
 
 MODEL = "embryo-nuclei"
 FOLDER = Path("demo")
-WINDOW = (1500, 960)
+WINDOW = (1580, 960)
 
 
 def main() -> int:
@@ -40,9 +40,9 @@ def main() -> int:
         print(f"mrcnn3d: {error}", file=sys.stderr)
         return 2
     print(f"==> {len(widget.result.instances)} objects found, {len(widget.result.footprints)} candidates in all.")
-    show_whole(viewer, widget)
+    show_side_by_side(viewer, widget)
     if options.screenshot is None:
-        print("==> Move the sliders on the right, turn the stack with the mouse; close napari to end.")
+        print("==> Move the sliders and turn the view; the grid button, bottom left, lays one over the other.")
         napari.run()
         return 0
     picture(viewer, options.screenshot)
@@ -84,12 +84,17 @@ def segment(widget: SegmentWidget) -> None:
     print(f"==> Done after {time.monotonic() - start:.0f} s.")
 
 
-def show_whole(viewer: napari.Viewer, widget: SegmentWidget) -> None:
-    """Turn to a 3D view of the whole embryo with its objects."""
+def show_side_by_side(viewer: napari.Viewer, widget: SegmentWidget) -> None:
+    """Turn to 3D: on the left the image in its boxes, on the right the objects."""
+    image = widget.result.target.image
+    dark, bright = np.percentile(image.data, (5, 99.9))
+    image.contrast_limits = (dark, max(bright, dark + 1))
+    image.rendering = "attenuated_mip"
     viewer.dims.ndisplay = 3
+    viewer.grid.shape, viewer.grid.stride, viewer.grid.enabled = (1, 2), 2, True
     viewer.reset_view()
     viewer.camera.angles = (10, 25, 60)
-    widget.result.labels.opacity = 0.8
+    viewer.camera.zoom *= 1.1
 
 
 def picture(viewer: napari.Viewer, path: Path) -> None:

@@ -31,6 +31,7 @@ from napari_mrcnn3d.config import (
     TrainConfig,
     preset,
 )
+from napari_mrcnn3d.device import is_out_of_memory
 from napari_mrcnn3d.structures import UserError, VoxelSize
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("Stopped. Nothing half-written was left behind; a training goes on where it was with --resume.")
         return INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail("The memory is too small for this: choose a smaller --patch-size or --tile, or --device cpu.")
     return answer if isinstance(answer, int) else 0
 
 
@@ -289,9 +294,10 @@ def _segment(source: Path, target: Path, predictor: Predictor, config: PredictCo
     write_labels(target, labels, volume.voxel_size)
     try:
         write_table(target.with_suffix(".csv"), instance_table(labels, instances, volume.voxel_size))
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         target.unlink()
         raise
+    print(f"{target}: {len(instances)} object{'' if len(instances) == 1 else 's'}")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import ndimage
-from tests._tiny import ellipsoids
 
 from napari_mrcnn3d.data.augment import augment
+from tests._tiny import ellipsoids
 
 SIZE = (16, 24, 24)
 LABELS = ellipsoids((20, 32, 32), [((10, 16, 16), (5, 9, 6)), ((3, 4, 4), (2, 3, 3)), ((15, 27, 6), (3, 4, 4))])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests._tiny import EIGHT, ellipsoids
-from tests.ops.helpers import few
 
 from napari_mrcnn3d.config import DataConfig
 from napari_mrcnn3d.data.patches import Patch, PatchSampler, TrainingVolume, objects_in
+from tests._tiny import EIGHT, ellipsoids
+from tests.ops.helpers import few
 
 SHAPE = (32, 44, 44)
 LABELS = ellipsoids(SHAPE, EIGHT)
@@ -24,7 +25,9 @@ def volume(labels: np.ndarray = LABELS) -> TrainingVolume:
     return TrainingVolume(np.arange(labels.size, dtype=np.float32).reshape(labels.shape), labels, classes)
 
 
-def sampler(volumes: list[TrainingVolume], size: tuple[int, int, int] = (16, 24, 24), seed: int = 0, **config: Any) -> PatchSampler:
+def sampler(
+    volumes: list[TrainingVolume], size: tuple[int, int, int] = (16, 24, 24), seed: int = 0, **config: Any
+) -> PatchSampler:
     settings = DataConfig(**({"augment": False} | config))
     return PatchSampler(volumes, settings, size=size, seed=seed, length=100, augment=None)
 
@@ -65,8 +68,9 @@ def test_a_patch_depends_on_seed_and_number_alone() -> None:
     first, second = sampler([volume(), volume()]), sampler([volume(), volume()])
     forward = [first[k] for k in range(6)]
     assert all(same(a, second[k]) for k, a in reversed(list(enumerate(forward))))
-    assert not all(same(a, b) for a, b in zip(forward, forward[1:], strict=False))
+    assert not all(same(a, b) for a, b in pairwise(forward))
     assert not all(same(forward[k], sampler([volume(), volume()], seed=1)[k]) for k in range(6))
+    assert len(first) == 100
 
 
 def test_objects_cut_to_a_sliver_are_no_targets() -> None:
@@ -113,7 +117,9 @@ def test_crowded_volumes_are_drawn_more_often_but_not_alone() -> None:
 def test_augmentation_gets_a_margin_around_the_same_middle() -> None:
     calls = []
 
-    def record(image: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def record(
+        image: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         calls.append((image.shape, seed))
         z, y, x = ((n - s) // 2 for n, s in zip(image.shape, size, strict=True))
         middle = slice(z, z + size[0]), slice(y, y + size[1]), slice(x, x + size[2])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from napari.qt.threading import WorkerBase
+from qtpy.QtCore import QObject
 
 from napari_mrcnn3d.structures import Progress, Steps, UserError
 from napari_mrcnn3d.widgets._jobs import Job, TimeLeft
@@ -19,6 +20,7 @@ class Owner:
     """Writes down what a job tells it."""
 
     def __init__(self) -> None:
+        self.window = QObject()
         self.heard: list[tuple[str, Any]] = []
         self.threads: set[int] = set()
 
@@ -29,6 +31,7 @@ class Owner:
             succeeded=lambda result: self.note("succeeded", result),
             failed=lambda sentence: self.note("failed", sentence),
             ended=lambda: self.note("ended", None),
+            owner=self.window,
         )
 
     def note(self, what: str, value: Any) -> None:
@@ -102,6 +105,18 @@ def test_cancel_frees_the_owner_at_once_and_cleans_up_later(qtbot: Any) -> None:
     heard = len(owner.heard)
     qtbot.waitUntil(closed.is_set, timeout=5000)
     WorkerBase.await_workers(5000)
+    assert len(owner.heard) == heard
+
+
+def test_a_destroyed_owner_stops_the_job_and_hears_nothing(qtbot: Any) -> None:
+    owner, closed = Owner(), threading.Event()
+    job = owner.start(endless(closed))
+    qtbot.waitUntil(lambda: "progressed" in owner.names(), timeout=5000)
+    with qtbot.waitSignal(owner.window.destroyed):
+        owner.window.deleteLater()
+    heard = len(owner.heard)
+    assert not job.running
+    qtbot.waitUntil(closed.is_set, timeout=5000)
     assert len(owner.heard) == heard
 
 

@@ -68,11 +68,11 @@ class TestRun:
         form = bench.widget.form
         bench.qtbot.waitUntil(lambda: form.progress.value() == 500, timeout=5000)
         assert form.status.text().startswith("Segmenting")
-        assert form.progress.isVisible()
+        assert not form.progress.isHidden()
         assert not form.run.isEnabled()
         bench.finish()
         assert form.run.isEnabled()
-        assert not form.progress.isVisible()
+        assert form.progress.isHidden()
         assert "cells labels" in form.status.text()
 
     def test_no_object_is_an_empty_result_and_no_error(self, bench: Bench) -> None:
@@ -160,6 +160,15 @@ class TestTrouble:
         bench.add_image(name="another")  # nobody listens any more
         assert bench.widget.form.image.value.name == "cells"
 
+    def test_closing_napari_stops_its_run(self, bench: Bench) -> None:
+        bench.add_image()
+        bench.network.go.clear()
+        bench.widget.form.run.click()
+        bench.qtbot.waitUntil(lambda: bench.widget.form.progress.value() == 500, timeout=5000)
+        with bench.qtbot.waitSignal(bench.widget.destroyed, timeout=5000):
+            bench.widget.deleteLater()
+        bench.qtbot.waitUntil(lambda: bench.network.closed == 1, timeout=5000)
+
 
 class TestMeanwhile:
     """The result belongs to the layer it came from, whatever happens during the run."""
@@ -215,13 +224,13 @@ class TestSliders:
     def test_size_is_in_cubic_micrometres_or_in_voxels(self, bench: Bench) -> None:
         image = bench.add_image()
         bench.run()
-        caption = "Size from (µm³)"
-        assert caption in [
-            label.text() for label in bench.widget.form.selection.findChildren(type(bench.widget.form.status))
-        ]
+        captions = bench.widget.form.selection.captions
+        assert "µm³" in captions["min_size"].text()
         bench.slide(min_size=4 * 6 * 6 * 0.5 + 1)
         assert not bench.widget.result.labels.data.any()
-        bench.viewer.layers.remove(image)
+        image.scale, image.units = (1, 1, 1), ("pixel",) * 3
+        bench.run()
+        assert "voxels" in captions["min_size"].text()
 
     def test_several_moves_at_once_repaint_once(self, bench: Bench) -> None:
         bench.add_image()
@@ -371,7 +380,7 @@ class TestImages:
         assert edit.value() == (2, 0.5, 0.5)
         edit.apply.click()
         assert [str(unit) for unit in image.units] == ["micrometer"] * 3
-        assert not edit.apply.isVisible()
+        assert edit.apply.isHidden()
 
     def test_a_typed_voxel_size_can_be_used_in_the_viewer(self, bench: Bench) -> None:
         image = bench.add_image()
@@ -404,6 +413,19 @@ def test_the_model_says_what_it_is_for(bench: Bench, tmp_path: Any) -> None:
     about = bench.widget.form.model.about
     assert "Nuclei made for tests" in about.text()
     assert "2 x 0.5 x 0.5 µm" in about.text()
+
+
+def test_a_model_for_other_voxels_is_pointed_out(bench: Bench) -> None:
+    image = bench.add_image()
+    fit = bench.widget.form.fit
+    assert fit.isHidden()
+    image.scale = (0.4, 0.1, 0.1)
+    assert "5.0 times finer" in fit.text()
+    assert "shrunk" in fit.text()
+    image.scale = (8, 2, 2)
+    assert "4.0 times coarser" in fit.text()
+    bench.widget.form.voxel_size.triple.spins[0].setValue(0)
+    assert fit.isHidden()
 
 
 def test_progress_of_unknown_length_is_a_busy_bar(bench: Bench) -> None:

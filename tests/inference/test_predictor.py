@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests._tiny import EIGHT, BlobModel, ellipsoids, picture, tiny_config, tiny_model
 
 from napari_mrcnn3d.config import PredictConfig
 from napari_mrcnn3d.data.patches import objects_in
 from napari_mrcnn3d.inference import predictor as module
 from napari_mrcnn3d.inference.predictor import Predictor
 from napari_mrcnn3d.structures import Candidates, DeviceMemoryError, Progress, UserError, Volume, VoxelSize
+from tests._tiny import EIGHT, BlobModel, ellipsoids, picture, tiny_config, tiny_model
 
 SHAPE = (32, 44, 44)
 LABELS = ellipsoids(SHAPE, EIGHT)
@@ -25,7 +25,10 @@ IMAGE = picture(LABELS)
 
 def blobs(*, voxel_size: tuple[float, ...] | None = None, object_size: float | None = None, **model: Any) -> Predictor:
     config = tiny_config(
-        intensity_percentiles=(0, 100), voxel_size=voxel_size, object_size=object_size, anchor_sizes=(((9, 15, 15),),) * 2
+        intensity_percentiles=(0, 100),
+        voxel_size=voxel_size,
+        object_size=object_size,
+        anchor_sizes=(((9, 15, 15),),) * 2,
     )
     return Predictor(BlobModel(config, **model), "cpu")  # type: ignore[arg-type]
 
@@ -62,7 +65,9 @@ def test_an_object_cut_by_tiles_is_found_once(tile: tuple[int, ...], overlap: tu
 def test_tiles_that_disagree_neither_lose_nor_double_an_object() -> None:
     labels = ellipsoids((10, 16, 60), [((5, 8, x), (4, 6, 6)) for x in (10, 30, 50)])  # the second on the border
     for shift in (0.0, 0.9, -0.9):
-        found = blobs(shift=shift).predict(Volume(picture(labels)), PredictConfig(tile=(10, 16, 40), overlap=(0, 0, 20)))
+        found = blobs(shift=shift).predict(
+            Volume(picture(labels)), PredictConfig(tile=(10, 16, 40), overlap=(0, 0, 20))
+        )
         np.testing.assert_allclose(by_place(found.boxes), true_boxes(labels), atol=1)
 
 
@@ -95,7 +100,9 @@ def test_objects_of_another_size_are_brought_to_the_models() -> None:
     assert len(found) == 8
 
 
-@pytest.mark.parametrize("settings", [{"voxel_size": (1e-6, 1e-6, 1e-6)}, {"voxel_size": (1000, 1, 1)}, {"object_size": 0.01}])
+@pytest.mark.parametrize(
+    "settings", [{"voxel_size": (1e-6, 1e-6, 1e-6)}, {"voxel_size": (1000, 1, 1)}, {"object_size": 0.01}]
+)
 def test_a_length_in_the_wrong_unit_is_refused(settings: dict[str, Any]) -> None:
     model = blobs(voxel_size=(2, 1, 1), object_size=10.0)
     with pytest.raises(UserError, match="more than 30 times"):
@@ -183,7 +190,9 @@ def test_progress_rises_to_the_end() -> None:
     assert len(steps) > 8
 
 
-def test_a_full_memory_leads_to_smaller_tiles(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_memory_leads_to_smaller_tiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(module, "SMALLEST_TILE", 1000)
     model = blobs(most_voxels=32_000)
     with caplog.at_level(logging.WARNING):
@@ -199,6 +208,26 @@ def test_a_memory_that_is_too_small_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DeviceMemoryError, match=r"memory is too small for stack\.tif even in tiles of"):
         model.predict(Volume(IMAGE, name="stack.tif"), PredictConfig(tile=(999, 999, 999)))
     assert len(model.model.seen) <= 4  # a tile larger than the volume is not halved in vain
+
+
+def test_a_graphics_card_too_small_for_anything_leaves_it_to_the_processor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = blobs()
+    original = model.model.detect_steps
+
+    def full_card(image: torch.Tensor) -> Any:
+        if image.device.type != "cpu":
+            raise RuntimeError("backend out of memory")
+        return original(image)
+
+    monkeypatch.setattr(model.model, "detect_steps", full_card)
+    model.device = torch.device("meta")  # stands in for the card
+    with caplog.at_level(logging.WARNING):
+        found = model.predict(Volume(IMAGE))
+    np.testing.assert_array_equal(by_place(found.boxes), true_boxes())
+    assert "using the processor" in caplog.text
+    assert model.device.type == "cpu"
 
 
 def test_other_errors_are_not_taken_for_a_full_memory() -> None:

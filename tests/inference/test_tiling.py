@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ops.helpers import few
 
 from napari_mrcnn3d.inference.tiling import Tile, default_tile, make_tiles
+from tests.ops.helpers import few
 
 lengths = st.tuples(*[st.integers(1, 40)] * 3)
 
@@ -33,7 +35,7 @@ def test_the_cores_part_the_volume(
 def test_neighbours_overlap_enough_and_the_rest_is_evenly_spread(length: int, tile: int, overlap: int) -> None:
     tiles = make_tiles((length, 1, 1), (tile, 1, 1), (overlap, 0, 0))
     wanted = min(overlap, tile // 2)
-    shared = [a.stop[0] - b.start[0] for a, b in zip(tiles, tiles[1:], strict=False)]
+    shared = [a.stop[0] - b.start[0] for a, b in pairwise(tiles)]
     assert all(s >= wanted for s in shared)
     assert max(shared, default=0) - min(shared, default=0) <= 1
     if len(tiles) > 1:  # one tile fewer would not do

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ops.helpers import few
 
 from napari_mrcnn3d.model.anchors import anchors_on_grid
+from tests.ops.helpers import few
 
 CPU = torch.device("cpu")
 triples = st.tuples(*[st.integers(1, 4)] * 3)

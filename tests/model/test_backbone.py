@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests._tiny import tiny_config
 
 from napari_mrcnn3d.config import preset
 from napari_mrcnn3d.model.backbone import Affine, ResNet3D, conv3d, norm3d
 from napari_mrcnn3d.model.fpn import FeaturePyramidNetwork3D
+from tests._tiny import tiny_config
 
 
 def seen_by(layer: torch.nn.Module, cell: int, length: int = 60) -> list[torch.Tensor]:
@@ -72,7 +72,12 @@ def test_the_predecessors_network_is_a_resnet50() -> None:
     with torch.device("meta"):
         network = ResNet3D(config)
         features = network(torch.zeros(1, 1, 64, 64, 64))
-    assert [tuple(f.shape[1:]) for f in features] == [(256, *[16] * 3), (512, *[8] * 3), (1024, *[4] * 3), (2048, *[2] * 3)]
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (256, *[16] * 3),
+        (512, *[8] * 3),
+        (1024, *[4] * 3),
+        (2048, *[2] * 3),
+    ]
     convolutions = [m for stage in network.stages for m in stage.modules() if isinstance(m, torch.nn.Conv3d)]
     assert len(convolutions) - 4 == 48  # 16 blocks of three; four stages begin with a shortcut
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ops.helpers import few, random_boxes
 
 from napari_mrcnn3d.model.box_coder import clip_boxes, decode_boxes, encode_boxes
+from tests.ops.helpers import few, random_boxes
 
 weights = st.tuples(st.floats(0.5, 10), st.floats(0.5, 10))
 
@@ -40,7 +40,9 @@ def test_no_offset_gives_the_anchor_for_every_class() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_boxes_are_float32_whatever_the_network_computes_in(dtype: torch.dtype) -> None:
     anchors = random_boxes(4, 0) + 5000.25  # float16 has steps of four voxels there
-    assert torch.equal(decode_boxes(torch.zeros(4, 6, dtype=dtype), anchors, (1.0, 1.0)).round(decimals=1), anchors.round(decimals=1))
+    assert torch.equal(
+        decode_boxes(torch.zeros(4, 6, dtype=dtype), anchors, (1.0, 1.0)).round(decimals=1), anchors.round(decimals=1)
+    )
 
 
 def test_absurd_offsets_do_not_overflow() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests._tiny import Shape, ellipsoids, picture, target_of, tiny_config, tiny_model
 from torch import Tensor
 
 from napari_mrcnn3d.config import preset
 from napari_mrcnn3d.model.mask_rcnn import MaskRCNN3D
 from napari_mrcnn3d.model.roi_heads import Detections, Target
+from tests._tiny import Shape, ellipsoids, picture, target_of, tiny_config, tiny_model
 
 SHAPE = (16, 32, 32)
 TWO = [((7, 9, 9), (4, 6, 6)), ((9, 22, 22), (5, 6, 6))]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ops.helpers import few, random_boxes
 from torch import Tensor
 
 from napari_mrcnn3d.model.anchors import anchors_on_grid
@@ -20,13 +19,16 @@ from napari_mrcnn3d.model.matcher import (
     sample_hard,
     sample_random,
 )
+from tests.ops.helpers import few, random_boxes
 
 NOTHING = torch.zeros(0, 6)
 
 
 def iou(a: list[float], b: list[float]) -> float:
     shared = math.prod(max(0.0, min(a[k + 3], b[k + 3]) - max(a[k], b[k])) for k in range(3))
-    return shared / (math.prod(a[k + 3] - a[k] for k in range(3)) + math.prod(b[k + 3] - b[k] for k in range(3)) - shared)
+    return shared / (
+        math.prod(a[k + 3] - a[k] for k in range(3)) + math.prod(b[k + 3] - b[k] for k in range(3)) - shared
+    )
 
 
 def cells(grid: int, stride: int, *sizes: float) -> Tensor:

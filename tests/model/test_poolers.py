@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from tests._tiny import tiny_config
-from tests.ops.helpers import random_boxes, zeros_index
 from torch import Tensor
 
 from napari_mrcnn3d.model.poolers import MultiScaleRoIAlign3D
+from tests._tiny import tiny_config
+from tests.ops.helpers import random_boxes, zeros_index
 
 SHAPE = (32, 64, 64)
 
@@ -80,5 +80,7 @@ def test_the_predecessors_sampling_reaches_from_the_first_to_the_last_voxel() ->
 
 
 def test_no_region_gives_no_features() -> None:
-    pooled = MultiScaleRoIAlign3D(tiny_config(), (2, 3, 4))([ramps(0), ramps(1)], torch.zeros(0, 6), zeros_index(0), SHAPE)
+    pooled = MultiScaleRoIAlign3D(tiny_config(), (2, 3, 4))(
+        [ramps(0), ramps(1)], torch.zeros(0, 6), zeros_index(0), SHAPE
+    )
     assert pooled.shape == (0, 3, 2, 3, 4)

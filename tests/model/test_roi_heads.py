@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests._tiny import EIGHT, ellipsoids, target_of, tiny_config
-from tests.ops.helpers import few, random_boxes
 from torch import Tensor
 
 from napari_mrcnn3d.model.roi_heads import Detections, RoIHeads, Target, mask_targets
+from tests._tiny import EIGHT, ellipsoids, target_of, tiny_config
+from tests.ops.helpers import few, random_boxes
 
 SHAPE = (16, 24, 24)
 
@@ -96,6 +97,21 @@ def test_objects_themselves_are_learnt_from_when_nothing_is_proposed() -> None:
     losses = losses_of(RoIHeads(tiny_config()), torch.zeros(0, 6), OBJECTS)
     assert losses["loss_mask"] > 0
     assert losses["loss_box_reg"] < 1e-4  # an untrained head moves no box
+
+
+def test_half_of_the_backgrounds_are_the_best_proposals_if_asked() -> None:
+    proposals = random_boxes(200, 0, extent=2.0, sides=(1.0, 2.0))  # far from the objects, best first
+    heads = RoIHeads(tiny_config(roi_hard_negatives=True))
+    pool, seen = heads.box_roi_pool, []
+
+    def spy(pyramid: list[Tensor], boxes: Tensor, *others: Any) -> Tensor:
+        seen.extend(boxes.tolist())
+        return pool(pyramid, boxes, *others)
+
+    heads.box_roi_pool = spy  # type: ignore[assignment]
+    losses_of(heads, proposals, OBJECTS)
+    assert len(seen) == 2 + 3 * 2
+    assert sum(box in proposals[:6].tolist() for box in seen) >= 3
 
 
 def test_boxes_are_learnt_where_they_are_wrong() -> None:

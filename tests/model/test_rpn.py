@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests._tiny import tiny_config
-from tests.ops.helpers import random_boxes
 from torch import Tensor
 
 from napari_mrcnn3d._ops import box_iou_3d
 from napari_mrcnn3d.model.box_coder import encode_boxes
 from napari_mrcnn3d.model.rpn import RegionProposalNetwork, RPNOutput
+from tests._tiny import tiny_config
+from tests.ops.helpers import random_boxes
 
 SHAPE = (16, 32, 32)
 BOXES = torch.tensor([[2.0, 4, 4, 8, 16, 16], [8, 16, 16, 16, 32, 32]])
@@ -122,7 +122,9 @@ def test_objectness_is_pushed_up_on_objects_and_down_elsewhere() -> None:
     rpn = RegionProposalNetwork(tiny_config(rpn_hard_negatives=False))
     out = output(rpn)
     logits = out.objectness.detach().clone().requires_grad_()
-    rpn.loss(replace(out, objectness=logits), random_boxes(3, 0, extent=16.0, sides=(6.0, 12.0)))["loss_objectness"].backward()
+    rpn.loss(replace(out, objectness=logits), random_boxes(3, 0, extent=16.0, sides=(6.0, 12.0)))[
+        "loss_objectness"
+    ].backward()
     assert logits.grad is not None
     raised, lowered = (logits.grad < 0).sum(), (logits.grad > 0).sum()
     assert 3 <= raised <= 16

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
-from tests._tiny import ellipsoids, tiny_config
-from tests.ops.helpers import few
 
 from napari_mrcnn3d.model.transform import intensity_range, normalize, padded_shape, resample, resample_factors
 from napari_mrcnn3d.structures import VoxelSize
+from tests._tiny import ellipsoids, tiny_config
+from tests.ops.helpers import few
 
 DTYPES = ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", ">u2", ">f4", ">i4"]
 

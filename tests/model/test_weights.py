@@ -15,12 +15,12 @@ import psutil
 import pytest
 import torch
 from safetensors.numpy import save_file
-from tests._tiny import tiny_config, tiny_model
 
 from napari_mrcnn3d.model import weights
 from napari_mrcnn3d.model.mask_rcnn import MaskRCNN3D
 from napari_mrcnn3d.model.weights import available_models, find_model, load_model, read_header, save_model
 from napari_mrcnn3d.structures import UserError
+from tests._tiny import tiny_config, tiny_model
 
 ABOUT = {"data": "toy", "figures": {"f1": 0.9}}
 

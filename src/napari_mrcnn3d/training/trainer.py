@@ -289,9 +289,7 @@ class _Run:
         )
 
     def export(self) -> None:
-        """Write the model file, if there is anything learnt."""
-        if self.step == 0:
-            return
+        """Write the model file."""
         facts = {
             "program": f"napari-mrcnn3d {__version__}",
             "date": date.today().isoformat(),

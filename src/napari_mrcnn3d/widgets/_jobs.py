@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from napari.qt.threading import create_worker
+from qtpy.QtCore import QObject
 
 from napari_mrcnn3d.device import is_out_of_memory
 from napari_mrcnn3d.structures import Progress, Steps, UserError
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ALIVE: set[Job[Any]] = set()
-"""Jobs whose thread has not ended: Qt holds the owner of a slot only weakly, and clean-up must not depend on the owner."""
+"""Jobs whose thread has not ended: Qt holds the object behind a slot only weakly, and each must see to its clean-up."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Job(Generic[T]):
     progressed, succeeded, failed, ended : callable
         Called in the main thread: with each Progress; with the result; with a sentence; at the very end, once, however
         the job ended.
+    owner : QObject
+        When it is destroyed (napari was closed), the job stops and calls nobody.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Job(Generic[T]):
         succeeded: Callable[[T], None],
         failed: Callable[[str], None],
         ended: Callable[[], None],
+        owner: QObject,
     ) -> None:
         self._steps = steps
         self._slots: dict[str, Callable[..., None]] = {
@@ -123,6 +127,7 @@ class Job(Generic[T]):
         self._worker.yielded.connect(self._on_progress)
         self._worker.returned.connect(self._on_return)
         self._worker.finished.connect(self._on_finish)
+        owner.destroyed.connect(self._abandon)
         _ALIVE.add(self)
         self._worker.start()
 
@@ -140,6 +145,10 @@ class Job(Generic[T]):
         if self._worker is not None:
             self._worker.quit()
         self._end()
+
+    def _abandon(self) -> None:
+        self._slots = {}
+        self.cancel()
 
     def _on_progress(self, progress: Progress) -> None:
         self._call("progressed", progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qtpy.QtCore import Signal  # type: ignore[attr-defined]
 from qtpy.QtWidgets import QComboBox, QFileDialog, QHBoxLayout, QPushButton, QSizePolicy, QVBoxLayout, QWidget
 
 from napari_mrcnn3d.model.weights import ModelHeader, available_models, read_header
@@ -14,10 +15,24 @@ __all__ = ["ModelChoice"]
 
 
 class ModelChoice(QWidget):
-    """A list of models, a button for model files, and a line about the chosen one."""
+    """A list of models, a button for model files, and a line about the chosen one.
+
+    Attributes
+    ----------
+    header : ModelHeader or None
+        Of the chosen model; None if there is none or it cannot be read.
+
+    Signals
+    -------
+    changed
+        Another model was chosen.
+    """
+
+    changed = Signal()
 
     def __init__(self) -> None:
         super().__init__()
+        self.header: ModelHeader | None = None
         self.combo = QComboBox()
         self.combo.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
         self.browse = QPushButton("Browse…")
@@ -45,7 +60,7 @@ class ModelChoice(QWidget):
             If none is chosen.
         """
         if self.combo.currentIndex() < 0:
-            raise UserError("No model is chosen: press Browse and choose a model file.")
+            raise UserError("No model is here yet: press Browse and choose a model file.")
         return str(self.combo.currentData())
 
     def choose(self, model: str) -> None:
@@ -72,13 +87,13 @@ class ModelChoice(QWidget):
                 self._tell(str(exc))
 
     def _describe(self) -> None:
-        if self.combo.currentIndex() < 0:
-            self._tell("No model comes with this installation: press Browse and choose a model file.")
-            return
         try:
-            self._tell(_sentence(read_header(self.value())))
+            self.header = read_header(self.value())
+            self._tell(_sentence(self.header))
         except UserError as exc:
+            self.header = None
             self._tell(str(exc))
+        self.changed.emit()
 
     def _tell(self, sentence: str) -> None:
         self.about.setText(sentence)

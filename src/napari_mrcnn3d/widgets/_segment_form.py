@@ -23,7 +23,7 @@ from qtpy.QtWidgets import (
 from superqt import QCollapsible
 
 from napari_mrcnn3d.config import PredictConfig
-from napari_mrcnn3d.structures import UserError
+from napari_mrcnn3d.structures import UserError, VoxelSize
 from napari_mrcnn3d.widgets import _form
 from napari_mrcnn3d.widgets._model_choice import ModelChoice
 from napari_mrcnn3d.widgets._selection import SelectionPanel
@@ -34,6 +34,8 @@ __all__ = ["SegmentForm"]
 _DEVICES = {"Automatic": "auto", "Processor": "cpu"} | (
     {"Apple graphics": "mps"} if sys.platform == "darwin" else {"NVIDIA graphics card": "cuda"}
 )
+_FAR_OFF = 2.5
+"""Voxel sizes that differ by more than this factor are worth a word."""
 
 
 class SegmentForm(QScrollArea):
@@ -46,6 +48,7 @@ class SegmentForm(QScrollArea):
         self.image_note = _form.note()
         self.model = ModelChoice()
         self.voxel_size = VoxelSizeEdit()
+        self.fit = _form.note()
         self.device = QComboBox()
         for text, name in _DEVICES.items():
             self.device.addItem(text, name)
@@ -59,6 +62,8 @@ class SegmentForm(QScrollArea):
         self._memory = _form.Memory("segment")
         self._lay_out()
         self._recall()
+        self.model.changed.connect(self._explain_fit)
+        self.voxel_size.changed.connect(self._explain_fit)
         self.show_running(False)
 
     def config(self) -> PredictConfig:
@@ -106,6 +111,16 @@ class SegmentForm(QScrollArea):
             control = getattr(self.selection, name)
             control.setValue(self._memory.recall_number(name, control.value()))
 
+    def _explain_fit(self) -> None:
+        """Warn where the model knows a very different voxel size."""
+        header, sentence = self.model.header, ""
+        with suppress(UserError):  # told when Run is pressed
+            size = self.voxel_size.value()
+            if header is not None and header.config.voxel_size is not None and size is not None:
+                sentence = _misfit(VoxelSize(*header.config.voxel_size), size)
+        self.fit.setText(sentence)
+        self.fit.setVisible(bool(sentence))
+
     def _lay_out(self) -> None:
         body = QWidget()
         layout = QVBoxLayout(body)
@@ -132,6 +147,7 @@ class SegmentForm(QScrollArea):
         form.addRow(self.image_note)
         _form.add_row(form, "Model", self.model, "The network that looks for objects.")
         _form.add_row(form, "Voxel size (µm)", self.voxel_size, _form.tooltip(PredictConfig, "voxel_size"))
+        form.addRow(self.fit)
         return form
 
     def _advanced(self) -> QCollapsible:
@@ -143,3 +159,15 @@ class SegmentForm(QScrollArea):
         advanced = QCollapsible("Advanced")
         advanced.addWidget(inner)
         return advanced
+
+
+def _misfit(model: VoxelSize, image: VoxelSize) -> str:
+    """Say what happens to an image whose voxels are much finer or coarser than the model's; empty if they are not."""
+    ratio = (image.volume / model.volume) ** (1 / 3)
+    if max(ratio, 1 / ratio) <= _FAR_OFF:
+        return ""
+    kind, change = ("finer", "shrunk") if ratio < 1 else ("coarser", "enlarged")
+    return (
+        f"These voxels are {max(ratio, 1 / ratio):.1f} times {kind} than the model's, so the image is {change} for it. "
+        "If it finds little, set z, y and x to 0: the image is then taken as it is."
+    )

@@ -38,10 +38,10 @@ class SelectionPanel(QWidget):
         self.renew.setToolTip("Adds a new label layer that the sliders change; the edited one stays as it is.")
         form = QFormLayout()
         form.setContentsMargins(0, 0, 0, 0)
-        self._captions = {}
+        self.captions = {}
         for name, text in (("min_score", "Score from"), ("max_overlap", "Overlap up to"), ("min_size", "Size from")):
             control = getattr(self, name)
-            self._captions[name] = _form.add_row(form, text, control, _form.tooltip(SelectConfig, name))
+            self.captions[name] = _form.add_row(form, text, control, _form.tooltip(SelectConfig, name))
             control.valueChanged.connect(self.changed)
         self.renew.clicked.connect(self.renewal_asked)
         layout = QVBoxLayout(self)
@@ -69,7 +69,7 @@ class SelectionPanel(QWidget):
         for name in ("min_score", "max_overlap", "min_size"):
             getattr(self, name).setValue(getattr(config, name))
         self.blockSignals(False)
-        self._captions["min_size"].setText(f"Size from ({'µm³' if voxel_size else 'voxels'})")
+        self.captions["min_size"].setText(f"Size from ({'µm³' if voxel_size else 'voxels'})")
 
     def show_counts(self, shown: int, hidden: int) -> None:
         """Say how many candidates are kept and how many the sliders hide."""

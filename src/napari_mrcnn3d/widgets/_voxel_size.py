@@ -25,9 +25,12 @@ class VoxelSizeEdit(QWidget):
     -------
     apply_asked
         The image shall be shown with this voxel size.
+    changed
+        Other lengths are shown.
     """
 
     apply_asked = Signal()
+    changed = Signal()
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +68,7 @@ class VoxelSizeEdit(QWidget):
         self.triple.set_value(known.voxel_size)
         self._explain(_origin_sentence(known, layer))
         self.apply.setVisible(known.voxel_size is not None and self._layer_size is None)
+        self.changed.emit()
         return known
 
     def _on_typed(self) -> None:
@@ -76,6 +80,7 @@ class VoxelSizeEdit(QWidget):
         )
         self.apply.setVisible(complete and differs)
         self._explain("Typed in." if complete and differs else _UNKNOWN if nothing else "")
+        self.changed.emit()
 
     def _explain(self, sentence: str) -> None:
         self.origin.setText(sentence)

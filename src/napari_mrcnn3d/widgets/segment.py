@@ -111,6 +111,7 @@ class SegmentWidget(QWidget):
             succeeded=partial(self._on_result, target),
             failed=self._on_failure,
             ended=self._on_end,
+            owner=self,
         )
 
     def stop(self) -> None:

@@ -47,7 +47,7 @@ def write_labels(path: str, data: Any, attributes: dict[str, Any]) -> list[str]:
     target = Path(path)
     if not _is_stack(labels):
         with atomic_write(target) as temporary:
-            tifffile.imwrite(temporary, labels, compression="zlib")
+            tifffile.imwrite(temporary, labels, photometric="minisblack", compression="zlib")
         return [str(target)]
     labels = labels.reshape(labels.shape[-3:])
     size = _voxel_size(attributes)
