@@ -17,7 +17,7 @@ from qtpy.QtWidgets import QApplication
 
 from napari_mrcnn3d.config import EmbryoConfig
 from napari_mrcnn3d.data.embryo import embryo_image
-from napari_mrcnn3d.io.tiff import write_image
+from napari_mrcnn3d.io.tiff import read_image, write_image
 from napari_mrcnn3d.structures import UserError
 from napari_mrcnn3d.widgets.segment import SegmentWidget
 
@@ -62,8 +62,7 @@ def synthetic_embryo() -> Path:
 
 def open_napari(path: Path) -> tuple[napari.Viewer, SegmentWidget]:
     """Open an image in napari with the Segment widget beside it, as a user does."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: check the name.")
+    read_image(path)  # refuses what is no grey stack, before a window opens
     print(f"==> Opening {path} in napari with the Segment widget.")
     viewer = napari.Viewer()
     viewer.window.resize(*WINDOW)

@@ -59,8 +59,8 @@ def test_every_box_has_a_tile_that_sees_it_whole_and_answers_for_it(shape: tuple
 def test_a_box_that_neighbours_place_differently_is_lost_by_neither() -> None:
     left, right = make_tiles((1, 1, 60), (1, 1, 40), (0, 0, 20))
     border = left.core_stop[2]
-    for difference in (0.3, 1.0, 2.4):
-        seen_left, seen_right = ([[0, 0, border + d - 5, 1, 1, border + d + 5]] for d in (difference, -difference))
+    for beyond, before in [(0.3, 0.3), (2.4, 2.4), (4, 1), (1, 4)]:  # each holds that it is the other's
+        seen_left, seen_right = ([[0, 0, border + d - 5, 1, 1, border + d + 5]] for d in (beyond, -before))
         assert left.owns(np.array(seen_left)).all() or right.owns(np.array(seen_right)).all()
     far = np.array([[0.0, 0, border + 4, 1, 1, border + 14]])
     assert not left.owns(far).any()

@@ -332,6 +332,7 @@ def test_the_network_is_fitted_to_the_objects(tmp_path: Path, out: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute on an idle core
 def test_a_small_network_learns_a_volume_by_heart(tmp_path: Path, out: Path) -> None:
     write_pairs(tmp_path / "data", count=1)
     wider = {"stem_channels": 12, "stage_channels": (16, 24, 32), "fpn_channels": 24, "rpn_channels": 24}

@@ -23,7 +23,7 @@ from napari_mrcnn3d import __version__
 from napari_mrcnn3d.config import DataConfig, ModelConfig, TrainConfig
 from napari_mrcnn3d.data.augment import augment
 from napari_mrcnn3d.data.patches import Patch, PatchSampler
-from napari_mrcnn3d.data.volumes import LabelledVolume, find_pairs, split_groups
+from napari_mrcnn3d.data.volumes import LabelledVolume, Pair, find_pairs, split_groups
 from napari_mrcnn3d.device import autocast, choose_device, is_out_of_memory
 from napari_mrcnn3d.model.mask_rcnn import MaskRCNN3D
 from napari_mrcnn3d.model.roi_heads import Target
@@ -39,6 +39,7 @@ __all__ = ["train_steps"]
 
 logger = logging.getLogger(__name__)
 
+MOST_NAMES = 30  # of groups in the header of a model file
 SMOOTHING = 0.98  # of the losses shown: about the last fifty steps
 
 
@@ -89,8 +90,12 @@ def train_steps(
     if not any(len(v.classes) > 1 for v in volumes):
         raise UserError(f"No labelled object is in the training images of {folder}: check the label files.")
     run.set_up(model, volumes, class_names, state)
-    run.provenance |= {"data": Path(folder).resolve().name, "training_groups": sorted({p.group for p in training})}
-    run.provenance["validation_groups"] = sorted({p.group for p in validation})
+    run.provenance |= {
+        "description": train.about,
+        "data": Path(folder).resolve().name,
+        "training_groups": _groups(training),
+        "validation_groups": _groups(validation),
+    }
     logger.info("%s", run.describe())
     chosen = validation[:: max(1, -(-len(validation) // train.validate_volumes))]
     try:
@@ -101,6 +106,12 @@ def train_steps(
             run.export()
     checkpoint_path(out).unlink(missing_ok=True)
     return out
+
+
+def _groups(pairs: Sequence[Pair]) -> list[str] | int:
+    """Names of the groups; their number where they are too many to read."""
+    groups = sorted({pair.group for pair in pairs})
+    return groups if len(groups) <= MOST_NAMES else len(groups)
 
 
 def _refuse_to_overwrite(out: Path, *, resume: bool) -> None:

@@ -47,7 +47,8 @@ def add_row(form: QFormLayout, text: str, widget: QWidget, explanation: str) -> 
     label = QLabel(text)
     label.setBuddy(widget)
     for part in (label, widget, *widget.findChildren(QWidget)):
-        part.setToolTip(explanation)
+        if not part.toolTip():  # a button of its own in the row keeps its own
+            part.setToolTip(explanation)
     form.addRow(label, widget)
     return label
 

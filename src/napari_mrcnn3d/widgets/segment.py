@@ -41,12 +41,18 @@ def segment_steps(volume: Volume, model: str, config: PredictConfig) -> Steps[Ca
     config : PredictConfig
     """
     yield Progress(0, 0, "Loading the model")
+    import torch
+
     from napari_mrcnn3d.inference.predictor import Predictor
     from napari_mrcnn3d.model.weights import load_model
 
     yield Progress(0, 0, "Loading the model")
     predictor = Predictor(load_model(model), device=config.device)
-    return (yield from predictor.predict_steps(volume, config))
+    try:
+        return (yield from predictor.predict_steps(volume, config))
+    finally:
+        if predictor.device.type == "cuda":
+            torch.cuda.empty_cache()  # other programs, and a training, need what torch would keep in reserve
 
 
 def _run_steps(steps: Steps[Candidates], model: str) -> Steps[tuple[Footprints, str]]:
