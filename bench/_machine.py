@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from napari_mrcnn3d.io._files import atomic_write
+from napari_mrcnn3d._files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -242,7 +242,7 @@ def evaluate(prediction: Path, truth: Path, *, out: Path | None = None) -> None:
     out
         Also write the figures to this file.
     """
-    from napari_mrcnn3d.io._files import atomic_write
+    from napari_mrcnn3d._files import atomic_write
     from napari_mrcnn3d.metrics.report import evaluate_steps, to_json
 
     text = to_json(follow(evaluate_steps(_Pairs(matched(prediction, truth)))))

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from napari_mrcnn3d.io import _files, candidates
+from napari_mrcnn3d import _files
+from napari_mrcnn3d.io import candidates
 from napari_mrcnn3d.io.candidates import load_candidates, save_candidates
 from napari_mrcnn3d.structures import Candidates, UserError, VoxelSize
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from napari_mrcnn3d.io import _files
+from napari_mrcnn3d import _files
 from napari_mrcnn3d.io.tiff import read_image, read_labels, write_image, write_labels
 from napari_mrcnn3d.structures import UserError, VoxelSize
 

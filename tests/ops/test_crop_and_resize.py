@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
-from tests.ops.helpers import few, noise, zeros_index
 from torch import Tensor
 
 from napari_mrcnn3d._ops import crop_and_resize_3d
+from tests.ops.helpers import few, noise, zeros_index
 
 Triple = tuple[int, int, int]
 V2 = torch.arange(1.0, 9.0).view(1, 2, 2, 2, 1)

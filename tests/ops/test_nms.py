@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ops.helpers import few, random_boxes
 from torch import Tensor
 
 from napari_mrcnn3d._ops import _torch, nms_3d
+from tests.ops.helpers import few, random_boxes
 
 A = torch.tensor(
     [

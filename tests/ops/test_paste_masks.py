@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
-from tests.ops.helpers import few, random_boxes
 from torch import Tensor
 
 from napari_mrcnn3d._ops import _torch, paste_masks_3d
+from tests.ops.helpers import few, random_boxes
 
 Triple = tuple[int, int, int]
 

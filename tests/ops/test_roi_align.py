@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
-from tests.ops.helpers import few, noise, random_boxes, zeros_index
 from torch import Tensor
 
 from napari_mrcnn3d._ops import _torch, roi_align_3d
+from tests.ops.helpers import few, noise, random_boxes, zeros_index
 
 Triple = tuple[int, int, int]
 UNIT_SCALE = (1.0, 1.0, 1.0)

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from napari_mrcnn3d.io._files import readable_bytes
+from napari_mrcnn3d._files import readable_bytes
 from napari_mrcnn3d.structures import Progress, Steps, UserError
 
 __all__ = ["generate_files"]

@@ -26,7 +26,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from napari_mrcnn3d.io._files import atomic_write
+from napari_mrcnn3d._files import atomic_write
 from napari_mrcnn3d.io.tiff import write_image
 from napari_mrcnn3d.structures import UserError
 

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from napari_mrcnn3d.io._files import atomic_write, check_memory, input_file, read_failure
+from napari_mrcnn3d._files import atomic_write, check_memory, input_file, read_failure
 from napari_mrcnn3d.structures import Candidates, UserError, VoxelSize
 
 __all__ = ["SUFFIX", "load_candidates", "save_candidates"]

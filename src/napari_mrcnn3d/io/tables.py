@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from napari_mrcnn3d.io._files import atomic_write, input_file, read_failure
+from napari_mrcnn3d._files import atomic_write, input_file, read_failure
 from napari_mrcnn3d.structures import UserError
 
 __all__ = ["read_table", "write_table"]

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from napari_mrcnn3d._files import atomic_write, check_memory, input_file, read_failure, readable_bytes
 from napari_mrcnn3d.io import _calibration
-from napari_mrcnn3d.io._files import atomic_write, check_memory, input_file, read_failure, readable_bytes
 from napari_mrcnn3d.structures import ArrayLike, UserError, Volume, VoxelSize
 
 __all__ = ["read_image", "read_labels", "write_image", "write_labels"]

@@ -6,12 +6,11 @@ One ``.safetensors`` file: opening someone's model never runs their code. Readin
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from napari_mrcnn3d._files import atomic_write
 from napari_mrcnn3d.config import ModelConfig
 from napari_mrcnn3d.structures import UserError
 
@@ -146,14 +145,7 @@ def save_model(model: MaskRCNN3D, path: str | Path, provenance: dict[str, Any]) 
     path = Path(path)
     header = {"format": FORMAT, "config": model.config.model_dump(mode="json"), "provenance": provenance}
     state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in model.state_dict().items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(save(state, metadata={_KEY: json.dumps(header)}))
-        beside.replace(path)
-    except OSError as error:
-        raise UserError(f"The model cannot be written to {path} ({error.strerror}): choose another place.") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save(state, metadata={_KEY: json.dumps(header)}))
     return path

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from napari_mrcnn3d.io._files import atomic_write
+from napari_mrcnn3d._files import atomic_write
 from napari_mrcnn3d.structures import UserError
 
 __all__ = ["checkpoint_path", "load_checkpoint", "save_checkpoint"]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from napari_mrcnn3d._files import atomic_write
 from napari_mrcnn3d.editing.measure import instance_table
-from napari_mrcnn3d.io._files import atomic_write
 from napari_mrcnn3d.io.tables import write_table
 from napari_mrcnn3d.io.tiff import write_labels as write_tiff
 from napari_mrcnn3d.structures import VoxelSize

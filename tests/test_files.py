@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from napari_mrcnn3d.io._files import atomic_write, check_memory, readable_bytes
+from napari_mrcnn3d._files import atomic_write, check_memory, readable_bytes
 from napari_mrcnn3d.io.tiff import write_image
 from napari_mrcnn3d.structures import UserError
 
