@@ -49,6 +49,8 @@ def test_every_number_against_a_slow_count(labels: np.ndarray) -> None:
             "max_intensity": inside.max(),
             **dict(zip(("z1", "y1", "x1"), where.min(axis=0), strict=True)),
             **dict(zip(("z2", "y2", "x2"), where.max(axis=0) + 1, strict=True)),
+            **{f"{axis}1_um": at for axis, at in zip("zyx", where.min(axis=0) * SIZE, strict=True)},
+            **{f"{axis}2_um": at for axis, at in zip("zyx", (where.max(axis=0) + 1) * SIZE, strict=True)},
             **{f"centroid_{axis}": at for axis, at in zip("zyx", centroid, strict=True)},
             **{f"centroid_{axis}_um": at for axis, at in zip("zyx", centroid * SIZE, strict=True)},
         }
@@ -58,7 +60,7 @@ def test_every_number_against_a_slow_count(labels: np.ndarray) -> None:
 
 def test_columns_without_voxel_size_are_empty(labels: np.ndarray) -> None:
     table = instance_table(labels, None, None)
-    for name in ("volume_um3", "centroid_z_um", "centroid_y_um", "centroid_x_um"):
+    for name in ("volume_um3", "centroid_z_um", "centroid_y_um", "centroid_x_um", "z1_um", "x2_um"):
         assert np.isnan(table[name]).all()
     assert not any(np.isnan(table[name]).any() for name in ("volume_voxels", "centroid_z", "z1"))
     assert "mean_intensity" not in table

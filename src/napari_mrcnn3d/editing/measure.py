@@ -41,6 +41,7 @@ def instance_table(
 
         ``label``, ``class`` (its name), ``score`` (0 to 1);
         ``z1, y1, x1, z2, y2, x2``: the box in voxels, half-open;
+        ``z1_um, y1_um, x1_um, z2_um, y2_um, x2_um``: the same times the voxel size;
         ``centroid_z, centroid_y, centroid_x``: in voxels, where 0 is the centre of the first one, as napari counts;
         ``centroid_z_um, centroid_y_um, centroid_x_um``: the same times the voxel size;
         ``volume_voxels``, ``volume_um3``;
@@ -63,8 +64,9 @@ def instance_table(
     volume = measured["num_pixels"].astype(np.int64)
     table = {"label": measured["label"], **_origin(measured["label"], instances)}
     table |= dict(zip(_BOX, box, strict=True))
+    table |= {f"{name}_um": side * length for name, side, length in zip(_BOX, box, (*size, *size), strict=True)}
     table |= {f"centroid_{name}": along for name, along in zip(_AXES, centroid, strict=True)}
-    table |= {f"centroid_{name}_um": along * side for name, along, side in zip(_AXES, centroid, size, strict=True)}
+    table |= {f"centroid_{name}_um": along * length for name, along, length in zip(_AXES, centroid, size, strict=True)}
     table |= {"volume_voxels": volume, "volume_um3": volume * size.volume}
     table["touches_border"] = np.any(
         [(box[axis] == 0) | (box[axis + 3] == length) for axis, length in enumerate(labels.shape) if length > 1]
