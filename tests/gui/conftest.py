@@ -48,7 +48,7 @@ def model_file(tmp_path: Path) -> str:
     """A file with a model's header and no network in it."""
     header = {
         "format": 1,
-        "config": {"voxel_size": (2.0, 0.5, 0.5), "class_names": ("nucleus",)},
+        "config": {"voxel_size": (2.0, 0.5, 0.5), "object_size": 6.0, "class_names": ("nucleus",)},
         "provenance": {"description": "Nuclei made for tests"},
     }
     path = tmp_path / "test-nuclei.safetensors"

@@ -484,8 +484,21 @@ def test_a_model_for_other_voxels_is_pointed_out(bench: Bench) -> None:
     assert "shrunk" in fit.text()
     image.scale = (8, 2, 2)
     assert "4.0 times coarser" in fit.text()
+    bench.widget.form.object_size.setValue(5)  # who gives the size of the objects has thought of it
+    assert fit.isHidden()
+    bench.widget.form.object_size.setValue(0)
+    assert not fit.isHidden()
     bench.widget.form.voxel_size.triple.spins[0].setValue(0)
     assert fit.isHidden()
+
+
+def test_the_diameter_of_the_objects_reaches_the_run(bench: Bench) -> None:
+    bench.add_image()
+    field = bench.widget.form.object_size
+    assert "6 µm" in field.specialValueText()
+    assert bench.widget.form.config().object_size is None
+    field.setValue(3.5)
+    assert bench.widget.form.config().object_size == 3.5
 
 
 def test_progress_of_unknown_length_is_a_busy_bar(bench: Bench) -> None:

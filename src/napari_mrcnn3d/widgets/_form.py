@@ -12,7 +12,19 @@ from superqt import QLabeledDoubleSlider
 
 from napari_mrcnn3d.structures import UserError
 
-__all__ = ["Memory", "Triple", "add_row", "bounds", "coalesced", "default_of", "note", "slider", "stacked", "tooltip"]
+__all__ = [
+    "Memory",
+    "Triple",
+    "add_row",
+    "bounds",
+    "coalesced",
+    "default_of",
+    "note",
+    "open_number",
+    "slider",
+    "stacked",
+    "tooltip",
+]
 
 
 def tooltip(config: type[BaseModel], name: str) -> str:
@@ -72,6 +84,19 @@ def slider(config: type[BaseModel], name: str, *, maximum: float = 1.0, decimals
     return control
 
 
+def open_number(*, what: str, decimals: int) -> QDoubleSpinBox:
+    """Make a field for a number that may be left open, which is 0; typed, not stepped."""
+    spin = QDoubleSpinBox()
+    spin.setDecimals(decimals)
+    spin.setRange(0, 1e6)
+    spin.setButtonSymbols(QAbstractSpinBox.ButtonSymbols.NoButtons)
+    spin.setStyleSheet("QDoubleSpinBox { min-width: 44px; padding: 1px 4px; }")  # napari's is for buttons
+    spin.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+    spin.setAccessibleName(what)
+    spin.setKeyboardTracking(False)
+    return spin
+
+
 class Triple(QWidget):
     """Three numbers along z, y, x that are either all known or all left open.
 
@@ -101,15 +126,8 @@ class Triple(QWidget):
         row.setSpacing(4)
         self.spins: list[QDoubleSpinBox] = []
         for axis in "zyx":
-            spin = QDoubleSpinBox()
-            spin.setDecimals(decimals)
-            spin.setRange(0, 1e6)
+            spin = open_number(what=f"{what} {axis}", decimals=decimals)
             spin.setSpecialValueText(unknown)
-            spin.setButtonSymbols(QAbstractSpinBox.ButtonSymbols.NoButtons)
-            spin.setStyleSheet("QDoubleSpinBox { min-width: 44px; padding: 1px 4px; }")  # napari's is for buttons
-            spin.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
-            spin.setAccessibleName(f"{what} {axis}")
-            spin.setKeyboardTracking(False)
             spin.valueChanged.connect(self.changed)
             row.addWidget(QLabel(axis))
             row.addWidget(spin, 1)

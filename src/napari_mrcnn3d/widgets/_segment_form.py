@@ -48,6 +48,7 @@ class SegmentForm(QScrollArea):
         self.image_note = _form.note()
         self.model = ModelChoice()
         self.voxel_size = VoxelSizeEdit()
+        self.object_size = _form.open_number(what="Object diameter", decimals=1)
         self.fit = _form.note()
         self.device = QComboBox()
         for text, name in _DEVICES.items():
@@ -62,8 +63,10 @@ class SegmentForm(QScrollArea):
         self._memory = _form.Memory("segment")
         self._lay_out()
         self._recall()
-        self.model.changed.connect(self._explain_fit)
+        self.model.changed.connect(self._on_model)
+        self.object_size.valueChanged.connect(self._explain_fit)
         self.voxel_size.changed.connect(self._explain_fit)
+        self._on_model()
         self.show_running(False)
 
     def config(self) -> PredictConfig:
@@ -77,6 +80,7 @@ class SegmentForm(QScrollArea):
         tile = self.tile.value()
         return PredictConfig(
             voxel_size=self.voxel_size.value(),
+            object_size=self.object_size.value() or None,
             device=self.device.currentData(),
             tile=None if tile is None else (int(tile[0]), int(tile[1]), int(tile[2])),
         )
@@ -111,11 +115,22 @@ class SegmentForm(QScrollArea):
             control = getattr(self.selection, name)
             control.setValue(self._memory.recall_number(name, control.value()))
 
+    def _on_model(self) -> None:
+        """Show the size of the objects that the chosen model knows; another one is not meant for it."""
+        config = self.model.header.config if self.model.header is not None else None
+        size = config.object_size if config is not None else None
+        unit = "voxels" if config is not None and config.voxel_size is None else "µm"
+        self.object_size.setSpecialValueText(f"as the model's, {size:g} {unit}" if size else "as the model's")
+        self.object_size.setSuffix(f" {unit}")
+        self.object_size.setValue(0)
+        self.object_size.setEnabled(size is not None)
+        self._explain_fit()
+
     def _explain_fit(self) -> None:
-        """Warn where the model knows a very different voxel size."""
+        """Warn where the model knows a very different voxel size, and nothing was said about the objects."""
         header, sentence = self.model.header, ""
         with suppress(UserError):  # told when Run is pressed
-            size = self.voxel_size.value()
+            size = None if self.object_size.value() else self.voxel_size.value()
             if header is not None and header.config.voxel_size is not None and size is not None:
                 sentence = _misfit(VoxelSize(*header.config.voxel_size), size)
         self.fit.setText(sentence)
@@ -147,6 +162,7 @@ class SegmentForm(QScrollArea):
         form.addRow(self.image_note)
         _form.add_row(form, "Model", self.model, "The network that looks for objects.")
         _form.add_row(form, "Voxel size (µm)", self.voxel_size, _form.tooltip(PredictConfig, "voxel_size"))
+        _form.add_row(form, "Object diameter", self.object_size, _form.tooltip(PredictConfig, "object_size"))
         form.addRow(self.fit)
         return form
 
@@ -169,5 +185,5 @@ def _misfit(model: VoxelSize, image: VoxelSize) -> str:
     kind, change = ("finer", "shrunk") if ratio < 1 else ("coarser", "enlarged")
     return (
         f"These voxels are {max(ratio, 1 / ratio):.1f} times {kind} than the model's, so the image is {change} for it. "
-        "If it finds little, set z, y and x to 0: the image is then taken as it is."
+        "If your objects are smaller or larger than the model's, too, give their diameter."
     )

@@ -32,4 +32,5 @@ def toy() -> list[LayerData]:
     -------
     list of (data, attributes, layer type)
     """
-    return [(toy_image(ToyConfig(), 0).image, {"name": "toy shapes"}, "image")]
+    half = ToyConfig(image_size=64, base_radius=7.5)  # what the model toy-shapes has learnt from
+    return [(toy_image(half, 0).image, {"name": "toy shapes"}, "image")]
