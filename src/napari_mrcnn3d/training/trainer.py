@@ -55,7 +55,7 @@ def train_steps(
     out : Path
         Model file to make; the run's state lies beside it as ``<out>.checkpoint`` until the run has ended.
     model, data, train : configs
-        When resuming, the network's settings come from the checkpoint.
+        When resuming, all settings but ``device`` and ``workers`` come from the checkpoint.
     resume : bool
         Go on from the checkpoint.
 
@@ -78,10 +78,12 @@ def train_steps(
     """
     out = Path(out)
     _refuse_to_overwrite(out, resume=resume)
+    state = load_checkpoint(checkpoint_path(out)) if resume else None
+    if state is not None:
+        model, data, train = _settings_of(state, out, data, train)
     run = _Run(out, data, train)
     pairs, class_names = find_pairs(Path(folder), data.group_pattern)
     training, validation = split_groups(pairs, validation=data.validation, share=data.validation_share, seed=train.seed)
-    state = load_checkpoint(checkpoint_path(out)) if resume else None
     _check_writable(out)
     volumes = []
     for count, pair in enumerate(training, start=1):
@@ -112,6 +114,20 @@ def _groups(pairs: Sequence[Pair]) -> list[str] | int:
     """Names of the groups; their number where they are too many to read."""
     groups = sorted({pair.group for pair in pairs})
     return groups if len(groups) <= MOST_NAMES else len(groups)
+
+
+def _settings_of(
+    state: dict[str, Any], out: Path, data: DataConfig, train: TrainConfig
+) -> tuple[ModelConfig, DataConfig, TrainConfig]:
+    """Settings of a run that is resumed: its own, or it would be another run; only the machine may have changed."""
+    try:
+        return (
+            ModelConfig.model_validate(state["model_config"]),
+            DataConfig.model_validate(state["data_config"]).model_copy(update={"workers": data.workers}),
+            TrainConfig.model_validate(state["train_config"]).model_copy(update={"device": train.device}),
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{checkpoint_path(out)} is no checkpoint of a training: delete it.") from error
 
 
 def _refuse_to_overwrite(out: Path, *, resume: bool) -> None:
@@ -156,8 +172,11 @@ class _Run:
             config = config.model_copy(update={"class_names": names, "voxel_size": size})
             if self.train.fit_model:
                 config = fit_model(config, sides_of(volumes, config))
-        else:
-            config = self._config_of(state, names)
+        elif config.class_names != names:
+            raise UserError(
+                f"{checkpoint_path(self.out)} was trained for the classes {', '.join(config.class_names)}, the folder "
+                f"holds {', '.join(names)}: resume with the data it was started with."
+            )
         self.device = choose_device(self.train.device)
         torch.manual_seed(self.train.seed)
         self.model = MaskRCNN3D(config).to(self.device)
@@ -170,36 +189,15 @@ class _Run:
         self.patch = self.data.patch_size or fit_patch(config, [v.labels.shape for v in self.volumes])
         self.coverage = anchor_coverage(config, sides_of(volumes, config), 0.5)
 
-    def _config_of(self, state: dict[str, Any], names: tuple[str, ...]) -> ModelConfig:
-        """The network's settings in a checkpoint, whose classes must be those of the folder."""
-        try:
-            config = ModelConfig.model_validate(state["model_config"])
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{checkpoint_path(self.out)} is no checkpoint of a training: delete it.") from error
-        if config.class_names != names:
-            raise UserError(
-                f"{checkpoint_path(self.out)} was trained for the classes {', '.join(config.class_names)}, the folder "
-                f"holds {', '.join(names)}: resume with the data it was started with."
-            )
-        return config
-
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            groups = zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True)
-            if any(("betas" in ours) != ("betas" in theirs) for ours, theirs in groups):  # AdamW has them, SGD has not
-                raise ValueError("another optimizer")
-            if (state["average"] is None) != (self.average is None):
-                raise ValueError("averaged or plain weights")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.step, self.seconds, self.metrics = state["step"], state["seconds"], dict(state["metrics"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"{checkpoint_path(self.out)} does not fit the settings given ({error}): resume with the optimizer and "
-                "ema it was started with."
-            ) from error
+            raise UserError(f"{checkpoint_path(self.out)} is damaged: delete it and start anew.") from error
 
     def describe(self) -> str:
         """One line on what is trained."""
@@ -290,6 +288,8 @@ class _Run:
             checkpoint_path(self.out),
             {
                 "model_config": self.model.config.model_dump(mode="json"),
+                "data_config": self.data.model_dump(mode="json"),
+                "train_config": self.train.model_dump(mode="json"),
                 "model": self.model.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
