@@ -37,7 +37,8 @@ IMAGES = ToyConfig(image_size=64, base_radius=7.5, seed=640_075)
 
 SELECTIONS = {
     "0.95, as the predecessor": SelectConfig(min_score=0.95, max_overlap=1.0),
-    "0.5, ours": SelectConfig(),
+    "0.5": SelectConfig(min_score=0.5),
+    "0.7, ours": SelectConfig(),
 }
 
 

@@ -180,7 +180,7 @@ class ModelConfig(_Config):
 class SelectConfig(_Config):
     """What is kept of the candidates. Changing it costs milliseconds, the network does not run again."""
 
-    min_score: Share = Field(0.5, description="Objects the network is less sure of than this are left out (0 to 1).")
+    min_score: Share = Field(0.7, description="Objects the network is less sure of than this are left out (0 to 1).")
     max_overlap: Share = Field(
         0.3, description="Largest share of an object that may already belong to surer ones before it is left out."
     )

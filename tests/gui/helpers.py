@@ -16,7 +16,7 @@ SHAPE = (16, 32, 32)
 """Extent of the images that tests segment."""
 
 
-def cubes(voxel_size: Any = None, scores: tuple[float, ...] = (0.9, 0.8, 0.6, 0.3), shape: Any = SHAPE) -> Candidates:
+def cubes(voxel_size: Any = None, scores: tuple[float, ...] = (0.9, 0.8, 0.75, 0.3), shape: Any = SHAPE) -> Candidates:
     """Cubes of 4 x 6 x 6 voxels side by side, one per score."""
     starts = [(2 + 6 * (k % 2), 2 + 8 * (k // 2), 4) for k in range(len(scores))]
     boxes = np.array([[z, y, x, z + 4, y + 6, x + 6] for z, y, x in starts], np.float32).reshape(-1, 6)

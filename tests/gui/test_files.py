@@ -35,7 +35,7 @@ class TestWriter:
         assert back.voxel_size == pytest.approx((2, 0.5, 0.25))
         table = read_table(files[1])
         assert table["label"].tolist() == [1, 2, 3]
-        assert table["score"] == pytest.approx([0.9, 0.8, 0.6])
+        assert table["score"] == pytest.approx([0.9, 0.8, 0.75])
         assert table["class"].tolist() == ["nucleus"] * 3
         assert table["volume_um3"] == pytest.approx([36] * 3)
 

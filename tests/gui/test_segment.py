@@ -38,7 +38,7 @@ class TestRun:
         features = labels.features
         assert list(features.columns) == ["index", "score", "class", "volume_um3", "z", "y", "x"]
         assert features["index"].tolist() == [1, 2, 3]
-        assert features["score"].tolist() == pytest.approx([0.9, 0.8, 0.6])
+        assert features["score"].tolist() == pytest.approx([0.9, 0.8, 0.75])
         assert features["class"].tolist() == ["nucleus"] * 3
         assert features["volume_um3"].tolist() == pytest.approx([4 * 6 * 6 * 2 * 0.5 * 0.5] * 3)
         assert features.loc[0, ["z", "y", "x"]].tolist() == [3.5, 4.5, 6.5]
@@ -52,7 +52,7 @@ class TestRun:
         assert len(facts["model_hash"]) == 64
         assert facts["source_layer"] == "cells"
         assert facts["config"]["voxel_size"] == [2, 0.5, 0.5]
-        assert facts["config"]["select"]["min_score"] == 0.5
+        assert facts["config"]["select"]["min_score"] == SelectConfig().min_score
         assert {"version", "date"} <= set(facts)
 
     def test_settings_reach_the_network(self, bench: Bench, model_file: str) -> None:
@@ -200,7 +200,7 @@ class TestMeanwhile:
         bench.viewer.layers.remove(image)
         bench.finish()
         assert tuple(bench.viewer.layers["cells labels"].scale) == (2, 0.5, 0.5)
-        bench.slide(min_score=0.7)
+        bench.slide(min_score=0.78)
         assert bench.viewer.layers["cells labels"].data.max() == 2
 
     def test_the_image_is_renamed_and_rescaled(self, bench: Bench) -> None:
@@ -292,10 +292,10 @@ class TestSliders:
         assert bench.widget.result is None
         assert not bench.widget.form.selection.min_score.isEnabled()
         bench.run()
-        bench.slide(min_score=0.7)
+        bench.slide(min_score=0.78)
         bench.viewer.layers.selection.active = bench.viewer.layers["cells labels"]
         assert bench.widget.result is first
-        assert bench.widget.form.selection.min_score.value() == 0.5
+        assert bench.widget.form.selection.min_score.value() == SelectConfig().min_score
         assert first.labels.data.max() == 3
 
     def test_a_removed_result_is_forgotten(self, bench: Bench) -> None:
@@ -309,7 +309,7 @@ class TestSliders:
         bench.add_image()
         bench.run()
         bench.viewer.layers.remove("cells boxes")
-        bench.slide(min_score=0.7)
+        bench.slide(min_score=0.78)
         assert bench.widget.result.labels.data.max() == 2
 
 

@@ -111,7 +111,7 @@ def test_voxels_of_several_neighbours_count_once() -> None:
     """The first two cover voxels 0 to 9 of the third together; 4 to 6 are in both and must not count twice."""
     three = row((0, 7), (4, 10), (0, 20))
     assert kept(three, max_overlap=0.5) == [0, 1, 2]
-    assert select(three, SelectConfig(max_overlap=0.5)).voxels.tolist() == [7, 3, 10]
+    assert select(three, SelectConfig(min_score=0, max_overlap=0.5)).voxels.tolist() == [7, 3, 10]
 
 
 def test_what_was_left_out_takes_no_voxels() -> None:
