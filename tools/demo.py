@@ -90,10 +90,12 @@ def show_side_by_side(viewer: napari.Viewer, widget: SegmentWidget) -> None:
     image.contrast_limits = (dark, max(bright, dark + 1))
     image.rendering = "attenuated_mip"
     viewer.dims.ndisplay = 3
-    viewer.grid.shape, viewer.grid.stride, viewer.grid.enabled = (1, 2), 2, True
+    newer = hasattr(viewer, "canvas")  # napari 0.9 moved these two
+    grid, camera = (viewer.canvas.grid, viewer.scene.camera) if newer else (viewer.grid, viewer.camera)
+    grid.shape, grid.stride, grid.enabled = (1, 2), 2, True
     viewer.reset_view()
-    viewer.camera.angles = (10, 25, 60)
-    viewer.camera.zoom *= 1.1
+    camera.angles = (10, 25, 60)
+    camera.zoom *= 0.95
 
 
 def picture(viewer: napari.Viewer, path: Path) -> None:

@@ -49,6 +49,7 @@ class SegmentForm(QScrollArea):
         self.model = ModelChoice()
         self.voxel_size = VoxelSizeEdit()
         self.object_size = _form.open_number(what="Object diameter", decimals=1)
+        self.object_size.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
         self.fit = _form.note()
         self.device = QComboBox()
         for text, name in _DEVICES.items():
