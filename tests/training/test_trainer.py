@@ -252,6 +252,15 @@ def test_only_a_checkpoint_that_fits_is_resumed(pairs: Path, out: Path) -> None:
         drain(start(pairs, out, resume=True))
 
 
+def test_the_settings_name_the_class_where_the_folder_does_not(pairs: Path, out: Path) -> None:
+    steps = start(pairs, out, steps=3, model=tiny_config(class_names=("nucleus",)))
+    until(steps, 1)
+    steps.close()
+    assert read_header(out).config.class_names == ("nucleus",)
+    drain(start(pairs, out, resume=True))
+    assert read_header(out).config.class_names == ("nucleus",)
+
+
 def test_a_resumed_run_keeps_its_own_settings(pairs: Path, out: Path) -> None:
     steps = start(pairs, out, steps=3, about="nuclei")
     until(steps, 1)

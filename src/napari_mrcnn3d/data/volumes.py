@@ -15,9 +15,12 @@ from napari_mrcnn3d.data import seed_format
 from napari_mrcnn3d.io.tiff import read_image, read_labels
 from napari_mrcnn3d.structures import UserError, VoxelSize
 
-__all__ = ["LabelledVolume", "Pair", "find_pairs", "split_groups"]
+__all__ = ["UNNAMED", "LabelledVolume", "Pair", "find_pairs", "split_groups"]
 
 logger = logging.getLogger(__name__)
+
+UNNAMED = ("object",)
+"""Class names of a folder that tells no classes."""
 
 # Sub-folders and what their file names end in; the last of each is the predecessor's embryo data.
 _IMAGE_FOLDERS = (("images", ""), ("Inputs", "_input"))
@@ -74,7 +77,7 @@ class Pair:
     image: Path
     labels: Path
     classes: Path | None = None
-    class_names: tuple[str, ...] = ("object",)
+    class_names: tuple[str, ...] = UNNAMED
 
     def load(self) -> LabelledVolume:
         """Read both files.
@@ -280,7 +283,7 @@ def _class_names(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
     """Names of the classes that occur in a folder's tables."""
     texts = {text for table in tables for text in _read_classes(table).values()}
     if not texts:
-        return ("object",)
+        return UNNAMED
     if not all(text.isdecimal() for text in texts):
         return tuple(sorted(texts))
     numbers = [int(text) for text in texts]
@@ -291,7 +294,7 @@ def _class_names(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
         )
     if max(numbers) <= len(seed_format.CLASS_NAMES) and any(seed_format.is_toy_table(table) for table in tables):
         return seed_format.CLASS_NAMES
-    return ("object",) if max(numbers) == 1 else tuple(f"class {k}" for k in range(1, max(numbers) + 1))
+    return UNNAMED if max(numbers) == 1 else tuple(f"class {k}" for k in range(1, max(numbers) + 1))
 
 
 def _read_classes(path: Path) -> dict[int, str]:

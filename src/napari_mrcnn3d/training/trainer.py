@@ -23,7 +23,7 @@ from napari_mrcnn3d import __version__
 from napari_mrcnn3d.config import DataConfig, ModelConfig, TrainConfig
 from napari_mrcnn3d.data.augment import augment
 from napari_mrcnn3d.data.patches import Patch, PatchSampler
-from napari_mrcnn3d.data.volumes import LabelledVolume, Pair, find_pairs, split_groups
+from napari_mrcnn3d.data.volumes import UNNAMED, LabelledVolume, Pair, find_pairs, split_groups
 from napari_mrcnn3d.device import autocast, choose_device, is_out_of_memory
 from napari_mrcnn3d.model.mask_rcnn import MaskRCNN3D
 from napari_mrcnn3d.model.roi_heads import Target
@@ -169,10 +169,12 @@ class _Run:
         """Network, optimiser and patches; from the start or from a checkpoint's state."""
         if state is None:
             size = config.voxel_size or model_voxel_size(volumes)
+            unnamed = names == UNNAMED and len(config.class_names) == 1  # then the settings may name the class
+            names = config.class_names if unnamed else names
             config = config.model_copy(update={"class_names": names, "voxel_size": size})
             if self.train.fit_model:
                 config = fit_model(config, sides_of(volumes, config))
-        elif config.class_names != names:
+        elif config.class_names != names and not (names == UNNAMED and len(config.class_names) == 1):
             raise UserError(
                 f"{checkpoint_path(self.out)} was trained for the classes {', '.join(config.class_names)}, the folder "
                 f"holds {', '.join(names)}: resume with the data it was started with."
