@@ -281,7 +281,8 @@ class _Run:
         left = self.seconds * (1 - self.share) / self.share if self.share > 0 else 0.0
         metrics = self.metrics | {"seconds_left": max(left, 0.0)}
         if self.train.minutes is not None:
-            return Progress(round(self.seconds), round(60 * self.train.minutes), "Training", metrics)
+            total = round(60 * self.train.minutes)
+            return Progress(min(round(self.seconds), total), total, "Training", metrics)
         return Progress(self.step, self.train.steps, "Training", metrics)
 
     def save(self) -> None:
