@@ -258,6 +258,8 @@ def interpolate(image: Tensor, entries: Tensor, positions: list[Tensor]) -> Tens
         cells.append(torch.stack([below, position.detach().ceil()], -1).long())
         weights.append(torch.stack([1 - share, share], -1))
     rows = _rows(image, entries, cells)
+    if image.shape[4] == 0:  # embedding_bag refuses vectors of no length
+        return image.flatten(0, 3).index_select(0, rows[..., 0, 0, 0].flatten()).view(*rows.shape[:4], 0)
     i, j, k = weights
     plane = i[:, :, None, :, None] * j[:, None, :, None, :]
     products = plane[:, :, :, None, :, :, None] * k[:, None, None, :, None, None, :]
