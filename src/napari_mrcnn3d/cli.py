@@ -70,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, 1 (a self-test failed), 2 (the input cannot be used: one sentence on standard error) or 130
         (stopped by Ctrl-C).
     """
-    logging.basicConfig(format="mrcnn3d: %(message)s")
-    logging.getLogger("napari_mrcnn3d").setLevel(logging.INFO)
+    _listen()
     try:
         answer = app(arguments, exit_on_error=False, print_error=False, verbose=False)
     except (cyclopts.CycloptsError, ValidationError) as error:
@@ -343,6 +342,17 @@ def _setting_sentence(error: ValidationError) -> str:
         return f"The settings do not fit together: {problem}. See --help."
     prefix = "network." if "Model" in error.title else ""
     return f"--{prefix}{names[-1]} {first['input']!s:.60}: {problem}. See --help."
+
+
+def _listen() -> None:
+    """Let what the package logs be read on standard error; what other libraries log is for developers."""
+    logging.getLogger().addHandler(logging.NullHandler())
+    logger = logging.getLogger("napari_mrcnn3d")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("mrcnn3d: %(message)s"))
+        logger.addHandler(handler)
 
 
 def _say(sentence: str) -> None:
