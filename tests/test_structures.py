@@ -50,8 +50,6 @@ def test_anything_else_is_refused_by_its_value(values: Any) -> None:
 def test_what_follows_from_a_voxel_size() -> None:
     size = VoxelSize(2.0, 0.4, 0.6)
     assert size.volume == pytest.approx(0.48)
-    assert size.anisotropy == pytest.approx(4)
-    assert VoxelSize(1, 1, 1).anisotropy == 1
 
 
 def test_a_volume_has_three_axes() -> None:

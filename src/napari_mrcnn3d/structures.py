@@ -64,11 +64,6 @@ class VoxelSize(NamedTuple):
         """Volume of one voxel in µm³."""
         return self.z * self.y * self.x
 
-    @property
-    def anisotropy(self) -> float:
-        """Length in z over the mean length in the plane."""
-        return 2 * self.z / (self.y + self.x)
-
 
 class ArrayLike(Protocol):
     """What a volume's data must offer; numpy, dask and zarr arrays all do."""
