@@ -71,6 +71,18 @@ def test_regions_keep_their_order_and_their_image(sampling: str) -> None:
     assert not torch.equal(together, pool(maps, boxes, 1 - images, SHAPE))
 
 
+def test_boxes_side_by_side_by_level_are_pooled_in_place() -> None:
+    pool = MultiScaleRoIAlign3D(tiny_config(roi_levels=(0, 1, 2), roi_canonical_size=4.0), (2, 2, 2))
+    boxes = boxes_inside(24, 1)
+    order = pool.by_level(boxes)
+    assert order.tolist() != list(range(24))
+    sorted_levels = pool.levels_of(boxes[order])
+    assert torch.equal(sorted_levels, sorted_levels.sort().values)
+    maps = [ramps(k) for k in range(3)]
+    together = pool(maps, boxes, zeros_index(24), SHAPE)
+    assert torch.equal(pool(maps, boxes[order], zeros_index(24), SHAPE), together[order])
+
+
 def test_the_predecessors_sampling_reaches_from_the_first_to_the_last_voxel() -> None:
     config = tiny_config(roi_sampling="crop_and_resize", roi_levels=(0,))
     whole = torch.tensor([[0.0, 0, 0, *SHAPE]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -99,16 +98,16 @@ def test_objects_themselves_are_learnt_from_when_nothing_is_proposed() -> None:
     assert losses["loss_box_reg"] < 1e-4  # an untrained head moves no box
 
 
-def test_half_of_the_backgrounds_are_the_best_proposals_if_asked() -> None:
+def test_half_of_the_backgrounds_are_the_best_proposals_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     proposals = random_boxes(200, 0, extent=2.0, sides=(1.0, 2.0))  # far from the objects, best first
     heads = RoIHeads(tiny_config(roi_hard_negatives=True))
-    pool, seen = heads.box_roi_pool, []
+    by_level, seen = heads.box_roi_pool.by_level, []
 
-    def spy(pyramid: list[Tensor], boxes: Tensor, *others: Any) -> Tensor:
+    def spy(boxes: Tensor) -> Tensor:
         seen.extend(boxes.tolist())
-        return pool(pyramid, boxes, *others)
+        return by_level(boxes)
 
-    heads.box_roi_pool = spy  # type: ignore[assignment]
+    monkeypatch.setattr(heads.box_roi_pool, "by_level", spy)
     losses_of(heads, proposals, OBJECTS)
     assert len(seen) == 2 + 3 * 2
     assert sum(box in proposals[:6].tolist() for box in seen) >= 3

@@ -29,7 +29,18 @@ def norm3d(kind: str, channels: int) -> nn.Module:
     if kind == "affine":
         return Affine(channels)
     groups = max(g for g in range(1, max(channels // 8, 1) + 1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+    return _GroupNorm(groups, channels)
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Group normalisation computed in float32 and given in the type of its input.
+
+    Half precision sums are too short for whole volumes, and on processors PyTorch's backward of bfloat16 group
+    normalisation takes six times as long as that of float32 (2.13, two cores with AVX-512).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
 
 
 def conv3d(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), *, bias: bool = False) -> nn.Conv3d:

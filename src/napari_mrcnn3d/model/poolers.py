@@ -39,6 +39,10 @@ class MultiScaleRoIAlign3D:
         level = config.roi_canonical_level + torch.log2(side / config.roi_canonical_size).round()
         return level.clamp(min(config.roi_levels), max(config.roi_levels)).long()
 
+    def by_level(self, boxes: Tensor) -> Tensor:
+        """Order that puts boxes ``[K, 6]`` of one pyramid level side by side; in this order pooling copies nothing."""
+        return torch.argsort(self.levels_of(boxes), stable=True)
+
     def __call__(self, pyramid: list[Tensor], boxes: Tensor, batch_index: Tensor, shape: Triple) -> Tensor:
         """Pooled features.
 
@@ -58,15 +62,18 @@ class MultiScaleRoIAlign3D:
         Tensor[K, C, *output_size]
         """
         levels = self.levels_of(boxes)
-        order, pooled = [], []
-        for level in self.config.roi_levels:
-            index = torch.nonzero(levels == level)[:, 0]
-            if len(index):
-                order.append(index)
-                pooled.append(self._pool(pyramid[level], boxes[index], batch_index[index], level, shape))
+        order = torch.argsort(levels, stable=True)
+        counts = torch.bincount(levels, minlength=len(pyramid)).tolist()
+        pooled = [
+            self._pool(pyramid[level], boxes[rows], batch_index[rows], level, shape)
+            for level, rows in enumerate(order.split(counts))
+            if len(rows)
+        ]
         if not pooled:
             return pyramid[0].new_zeros((0, pyramid[0].shape[1], *self.output_size))
-        return torch.cat(pooled)[torch.argsort(torch.cat(order))]
+        joined = pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+        # Compared on the boxes, which are few, to spare a copy of the features, which are not.
+        return joined if torch.equal(levels, levels[order]) else joined[torch.argsort(order)]
 
     def _pool(self, features: Tensor, boxes: Tensor, batch_index: Tensor, level: int, shape: Triple) -> Tensor:
         if self.config.roi_sampling == "roi_align":

@@ -149,8 +149,9 @@ class RoIHeads(nn.Module):
         classes = torch.cat([s[1] for s in samples])
         truth = torch.cat([s[2] for s in samples])
         batch_index = torch.cat([torch.full_like(s[1], i) for i, s in enumerate(samples)])
-        pooled = self.box_roi_pool(pyramid, boxes, batch_index, shape)
-        logits, deltas = self.box_head(pooled)
+        order = self.box_roi_pool.by_level(boxes)
+        boxes, classes, truth, batch_index = (rows[order] for rows in (boxes, classes, truth, batch_index))
+        logits, deltas = self.box_head(self.box_roi_pool(pyramid, boxes, batch_index, shape))
         positive = torch.nonzero(classes > 0)[:, 0]
         wanted = encode_boxes(truth[positive], boxes[positive], self.config.box_weights)
         distance = F.smooth_l1_loss(deltas[positive, classes[positive]], wanted, beta=1.0, reduction="sum")
@@ -197,9 +198,10 @@ class RoIHeads(nn.Module):
         joined = torch.cat(boxes)
         if len(joined) == 0:
             return pyramid[0].sum() * 0.0
-        logits = self.mask_head(self.mask_roi_pool(pyramid, joined, torch.cat(batch_index), shape))
-        rows = torch.arange(len(joined), device=joined.device)
-        return F.binary_cross_entropy_with_logits(logits[rows, torch.cat(classes) - 1], torch.cat(truth))
+        order = self.mask_roi_pool.by_level(joined)
+        logits = self.mask_head(self.mask_roi_pool(pyramid, joined[order], torch.cat(batch_index)[order], shape))
+        wanted = torch.cat(truth)[order]
+        return F.binary_cross_entropy_with_logits(_of_class(logits, torch.cat(classes)[order]), wanted)
 
     def detect_steps(
         self, pyramid: list[Tensor], proposals: Tensor, shape: Triple, valid: Triple
@@ -220,6 +222,7 @@ class RoIHeads(nn.Module):
         """
         config = self.config
         classes = config.num_classes - 1
+        proposals = proposals[self.box_roi_pool.by_level(proposals)]
         scores, boxes = [proposals.new_zeros((0, classes))], [proposals.new_zeros((0, classes, 6))]
         for done, chunk in enumerate(_chunks(proposals)):
             logits, deltas = self.box_head(self._pool(self.box_roi_pool, pyramid, chunk, shape))
@@ -240,13 +243,18 @@ class RoIHeads(nn.Module):
 
     def masks(self, pyramid: list[Tensor], boxes: Tensor, classes: Tensor, shape: Triple) -> Tensor:
         """Mask probabilities ``[K, mz, my, mx]`` of the given classes over the given boxes of a single image."""
-        logits = self.mask_head(self._pool(self.mask_roi_pool, pyramid, boxes, shape))
-        chosen: Tensor = logits[torch.arange(len(boxes), device=boxes.device), classes - 1].sigmoid()
-        return chosen
+        return _of_class(self.mask_head(self._pool(self.mask_roi_pool, pyramid, boxes, shape)), classes).sigmoid()
 
     @staticmethod
     def _pool(pool: MultiScaleRoIAlign3D, pyramid: list[Tensor], boxes: Tensor, shape: Triple) -> Tensor:
         return pool(pyramid, boxes, torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device), shape)
+
+
+def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
+    """Mask logits ``[K, mz, my, mx]`` of one class each, out of those of all classes from 1 on."""
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    return logits[torch.arange(len(logits), device=logits.device), classes - 1]
 
 
 def _chunks(rows: Tensor) -> tuple[Tensor, ...]:
