@@ -1,7 +1,7 @@
 """What a user can check on their own machine: what is installed, and whether it computes what it should.
 
 The five operations of the detector are compared with references that follow their definitions voxel by voxel in plain
-Python, slowly and on tiny inputs.
+Python, slowly and on tiny inputs, in every way that this machine has of computing them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from napari_mrcnn3d import __version__, _ops
+from napari_mrcnn3d._ops import _backends, _cpu, _torch
 from napari_mrcnn3d.config import EmbryoConfig, ModelConfig, SelectConfig
 from napari_mrcnn3d.data.embryo import embryo_image
 from napari_mrcnn3d.device import choose_device, free_memory
@@ -71,7 +74,8 @@ def facts() -> Iterator[tuple[str, str]]:
     device = choose_device()
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     yield "device", f"{device} ({chip}, {torch.get_num_threads()} threads, {free_memory(device) / 1e9:.1f} GB free)"
-    yield "operations", f"{', '.join(_ops.__all__)}: all in PyTorch, none compiled"
+    for place in _devices():
+        yield f"operations on {place.type}", _backends.describe(place)
     models = available_models()
     if not models:
         yield "models", "none in this installation"
@@ -89,16 +93,10 @@ def facts() -> Iterator[tuple[str, str]]:
 
 def run_checks() -> Iterator[Check]:
     """Run all checks one after the other; each is yielded when it is done."""
-    rng = np.random.default_rng(0)
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("box overlaps", lambda: _check_box_iou(rng)),
-        ("suppression of duplicates", lambda: _check_nms(rng)),
-        ("pooling of regions (RoIAlign)", lambda: _check_roi_align(rng)),
-        ("pooling of regions (crop and resize)", lambda: _check_crop_and_resize(rng)),
-        ("painting of masks", lambda: _check_paste_masks(rng)),
-        ("a training step", _check_training_step),
-        ("writing and reading a model file", _check_model_file),
+        (f"{name}, {way.name}", partial(way.run, check)) for way in _ways() for name, check in way.checks.items()
     ]
+    checks += [("a training step", _check_training_step), ("writing and reading a model file", _check_model_file)]
     if _NUCLEI in available_models():
         checks.append((f"segmenting a synthetic embryo with {_NUCLEI}", _check_segmentation))
     for name, check in checks:
@@ -108,6 +106,45 @@ def run_checks() -> Iterator[Check]:
         except Exception as error:  # noqa: BLE001 - whatever goes wrong is what the user wants to know
             problem = remark = f"{type(error).__name__}: {error}"
         yield Check(name, time.perf_counter() - start, problem, remark)
+
+
+def _devices() -> list[torch.device]:
+    """Where this machine computes: its processor, and what else the program would choose."""
+    return list(dict.fromkeys([torch.device("cpu"), choose_device()]))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to compute the operations: on which device, and with which of its kernels."""
+
+    name: str
+    device: torch.device
+    kernels: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def checks(self) -> dict[str, Callable[[_Way], str]]:
+        """What this way computes itself: compiled kernels leave some operations to PyTorch."""
+        return _COMPILED if self.kernels is not _backends.plain_torch else _COMPILED | _ALWAYS_PYTORCH
+
+    def run(self, check: Callable[[_Way], str]) -> str:
+        with self.kernels():
+            return check(self)
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """Put an array where this way computes."""
+        return torch.from_numpy(array).to(self.device)
+
+
+def _ways() -> Iterator[_Way]:
+    """All ways of this machine, the one it would choose first."""
+    for device in _devices():
+        place = "" if device.type == "cpu" else f" on {device}"
+        used = _backends.kernels(device)
+        if used is not _torch:
+            yield _Way(f"compiled{place}", device)
+        if used is _cpu:
+            yield _Way("compiled for any processor", device, _cpu.baseline)
+        yield _Way(f"PyTorch{place}", device, _backends.plain_torch)
 
 
 class _WrongResult(Exception):
@@ -130,11 +167,6 @@ def _compare(result: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-4
 
 
 # --- operations
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Put an array where the program would compute."""
-    return torch.from_numpy(array).to(choose_device())
 
 
 def _random_boxes(rng: np.random.Generator, count: int, extent: float) -> np.ndarray:
@@ -161,25 +193,28 @@ def _value_at(grid: np.ndarray, point: Sequence[float]) -> float:
     return value
 
 
-def _check_box_iou(rng: np.random.Generator) -> str:
+def _check_box_iou(way: _Way) -> str:
+    rng = np.random.default_rng(0)
     a, b = _random_boxes(rng, 12, 20), _random_boxes(rng, 9, 20)
     expected = np.array([[_iou(p.tolist(), q.tolist()) for q in b] for p in a])
-    return _compare(_ops.box_iou_3d(_tensor(a), _tensor(b)), expected)
+    return _compare(_ops.box_iou_3d(way.tensor(a), way.tensor(b)), expected)
 
 
-def _check_nms(rng: np.random.Generator) -> str:
+def _check_nms(way: _Way) -> str:
+    rng = np.random.default_rng(0)
     boxes, scores = _random_boxes(rng, 60, 7), rng.random(60).astype(np.float32)
     kept: list[int] = []
     for row in np.argsort(-scores).tolist():
         if all(_iou(boxes[row].tolist(), boxes[other].tolist()) <= 0.3 for other in kept):
             kept.append(row)
-    found = _ops.nms_3d(_tensor(boxes), _tensor(scores), 0.3)
+    found = _ops.nms_3d(way.tensor(boxes), way.tensor(scores), 0.3)
     if found.tolist() != kept:
         raise _WrongResult("keeps other boxes than the reference")
     return f"{len(kept)} of {len(boxes)} boxes kept"
 
 
-def _check_roi_align(rng: np.random.Generator) -> str:
+def _check_roi_align(way: _Way) -> str:
+    rng = np.random.default_rng(0)
     features = rng.standard_normal((1, 1, 6, 9, 8)).astype(np.float32)
     boxes, size, scale = _random_boxes(rng, 5, 14), (2, 3, 2), (0.5, 0.75, 0.5)
     expected = np.zeros((len(boxes), 1, *size))
@@ -190,12 +225,13 @@ def _check_roi_align(rng: np.random.Generator) -> str:
             point.append(low + (bin_[axis] + 0.5) * (high - low) / size[axis])
         if all(-1 <= p <= n for p, n in zip(point, features.shape[2:], strict=True)):
             expected[(k, 0, *bin_)] = _value_at(features[0, 0], point)
-    index = _tensor(np.zeros(len(boxes), np.int64))
-    found = _ops.roi_align_3d(_tensor(features), _tensor(boxes), index, output_size=size, spatial_scale=scale)
+    index = way.tensor(np.zeros(len(boxes), np.int64))
+    found = _ops.roi_align_3d(way.tensor(features), way.tensor(boxes), index, output_size=size, spatial_scale=scale)
     return _compare(found, expected)
 
 
-def _check_crop_and_resize(rng: np.random.Generator) -> str:
+def _check_crop_and_resize(way: _Way) -> str:
+    rng = np.random.default_rng(0)
     image = rng.standard_normal((1, 5, 6, 7, 1)).astype(np.float32)
     boxes, size = rng.uniform(-0.2, 1.2, (5, 6)).astype(np.float32), (3, 2, 4)
     expected = np.zeros((len(boxes), *size, 1))
@@ -205,11 +241,12 @@ def _check_crop_and_resize(rng: np.random.Generator) -> str:
         point = [(boxes[k, a] * (1 - share[a]) + boxes[k, a + 3] * share[a]) * last[a] for a in range(3)]
         if all(0 <= p <= n for p, n in zip(point, last, strict=True)):
             expected[(k, *cell, 0)] = _value_at(image[0, ..., 0], point)
-    index = _tensor(np.zeros(len(boxes), np.int64))
-    return _compare(_ops.crop_and_resize_3d(_tensor(image), _tensor(boxes), index, size), expected)
+    index = way.tensor(np.zeros(len(boxes), np.int64))
+    return _compare(_ops.crop_and_resize_3d(way.tensor(image), way.tensor(boxes), index, size), expected)
 
 
-def _check_paste_masks(rng: np.random.Generator) -> str:
+def _check_paste_masks(way: _Way) -> str:
+    rng = np.random.default_rng(0)
     masks, boxes, shape = rng.random((4, 3, 4, 4)).astype(np.float32) ** 0.5, _random_boxes(rng, 4, 10), (9, 10, 8)
     scores = np.array([0.9, 0.2, 0.7, 0.5], np.float32)
     expected = np.zeros(shape)
@@ -219,11 +256,22 @@ def _check_paste_masks(rng: np.random.Generator) -> str:
             point = [s * n - 0.5 for s, n in zip(share, masks.shape[1:], strict=True)]
             if all(0 <= s < 1 for s in share) and _value_at(masks[k], point) >= 0.5:
                 expected[voxel] = k + 1
-    labels = _tensor(np.arange(1, len(masks) + 1))
-    found = _ops.paste_masks_3d(_tensor(masks), _tensor(boxes), labels, _tensor(scores), shape=shape)
+    labels = way.tensor(np.arange(1, len(masks) + 1))
+    found = _ops.paste_masks_3d(way.tensor(masks), way.tensor(boxes), labels, way.tensor(scores), shape=shape)
     if int((found.cpu().numpy() != expected).sum()) > 1:  # a voxel on the very edge may go either way
         raise _WrongResult("paints other voxels than the reference")
     return f"{int((expected > 0).sum())} voxels painted"
+
+
+_COMPILED: dict[str, Callable[[_Way], str]] = {
+    "suppression of duplicates": _check_nms,
+    "pooling of regions (RoIAlign)": _check_roi_align,
+    "painting of masks": _check_paste_masks,
+}
+_ALWAYS_PYTORCH: dict[str, Callable[[_Way], str]] = {
+    "box overlaps": _check_box_iou,
+    "pooling of regions (crop and resize)": _check_crop_and_resize,
+}
 
 
 # --- network

@@ -14,6 +14,8 @@ from torch import Tensor
 from napari_mrcnn3d._ops import _torch, nms_3d
 from tests.ops.helpers import few, random_boxes
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 A = torch.tensor(
     [
         [0, 0, 0, 1, 1, 1],

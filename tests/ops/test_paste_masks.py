@@ -15,6 +15,8 @@ from torch import Tensor
 from napari_mrcnn3d._ops import _torch, paste_masks_3d
 from tests.ops.helpers import few, random_boxes
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 Triple = tuple[int, int, int]
 
 

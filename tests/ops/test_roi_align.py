@@ -16,6 +16,8 @@ from torch import Tensor
 from napari_mrcnn3d._ops import _torch, roi_align_3d
 from tests.ops.helpers import few, noise, random_boxes, zeros_index
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 Triple = tuple[int, int, int]
 UNIT_SCALE = (1.0, 1.0, 1.0)
 
@@ -108,6 +110,24 @@ def test_a_linear_ramp_gives_the_value_at_the_bin_centre(samples: int) -> None:
     z, y, x = (1 + 1.5 + 3 * torch.arange(3), 2.25 + 1.5 + 3 * torch.arange(3), 1.5 + 1.5 + 3 * torch.arange(4))
     expected = 2 * z[:, None, None] - 3 * y[:, None] + 0.5 * x + 7
     torch.testing.assert_close(result[0, 0], expected.double())
+
+
+@pytest.mark.parametrize(
+    ("image", "side", "expected"),
+    [
+        ([[1.0, 2], [3, 4]], 1, [[1.0, 1.25], [1.5, 1.75]]),
+        ([[4.0, 3], [2, 1]], 1, [[4.0, 3.75], [3.5, 3.25]]),
+        ([[1.0, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16]], 3, [[1.9375, 4.75], [7.5625, 10.375]]),
+    ],
+)
+def test_constant_along_z_it_gives_the_published_values_of_two_dimensions(
+    image: list[list[float]], side: float, expected: list[list[float]]
+) -> None:
+    """Cases of mmcv's RoIAlign (aligned, two samples per bin), whatever the box does along z."""
+    volume = torch.tensor(image).expand(1, 1, 5, -1, -1)
+    boxes = torch.tensor([[0.3, 0, 0, 4.1, side, side], [2, 0, 0, 2, side, side], [4, 0, 0, 1, side, side]])
+    result = roi_align_3d(volume, boxes, zeros_index(3), (3, 2, 2), UNIT_SCALE, 2)
+    torch.testing.assert_close(result, torch.tensor(expected).expand(3, 1, 3, 2, 2))
 
 
 def test_backward_is_the_transpose_of_forward() -> None:

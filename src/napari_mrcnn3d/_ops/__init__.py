@@ -1,5 +1,6 @@
 """The five tensor operations of the detector that PyTorch does not have: one Python interface each, any device."""
 
+from napari_mrcnn3d._ops import _library as _library  # registers torch.ops.mrcnn3d, which the functions call
 from napari_mrcnn3d._ops.boxes import box_iou_3d
 from napari_mrcnn3d._ops.crop_and_resize import crop_and_resize_3d
 from napari_mrcnn3d._ops.nms import nms_3d

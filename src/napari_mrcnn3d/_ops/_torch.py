@@ -1,6 +1,6 @@
 """The kernels in plain PyTorch: the reference for compiled ones, and what runs where there are none.
 
-They trust their input: the public functions beside this module check it.
+They trust their input: the public functions beside this module check it. ``_cpu`` and ``_cuda`` have the same kernels.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ _ROIS_AT_ONCE = 256
 
 _VOXELS_AT_ONCE = 1 << 20
 """Voxels of a mask that are interpolated in one go."""
+
+
+def problem(device: torch.device) -> str | None:
+    """Why these kernels cannot run on a device; they run on all of them."""
+    return None
+
+
+def describe(device: torch.device) -> str:
+    """What computes, in words."""
+    return "PyTorch"
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -203,7 +213,7 @@ def _rois(boxes: Tensor, batch_index: Tensor, grid: RoIGrid, shape: tuple[int, .
 
 
 def roi_align(features: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGrid) -> Tensor:
-    """RoIAlign [K, C, PD, PH, PW] in channels_last_3d, in the boxes' dtype.
+    """RoIAlign [K, C, PD, PH, PW] in channels_last_3d, computed in the boxes' dtype.
 
     Trilinear weights are products of one weight per axis, and so is the mean over the samples of a bin: three
     small matrix products per RoI, whatever the number of samples.
@@ -212,14 +222,15 @@ def roi_align(features: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGri
     maps = features.permute(0, 2, 3, 4, 1).contiguous()
     out = boxes.new_zeros((len(boxes), depth, height, width, channels))
     if out.numel():
-        for roi in _rois(boxes, batch_index, grid, tuple(features.shape)):
-            crop = maps[roi.entry][roi.cells].to(boxes.dtype)
-            _, rows, columns, _ = crop.shape
-            wz, wy, wx = roi.weights
-            crop = (wz @ crop.flatten(1)).view(depth, rows, -1)
-            crop = (wy @ crop).view(depth * height, columns, channels)
-            torch.matmul(wx, crop, out=out[roi.row].view(depth * height, width, channels))
-    return out.permute(0, 4, 1, 2, 3)
+        with full_precision(features.device):
+            for roi in _rois(boxes, batch_index, grid, tuple(features.shape)):
+                crop = maps[roi.entry][roi.cells].to(boxes.dtype)
+                _, rows, columns, _ = crop.shape
+                wz, wy, wx = roi.weights
+                crop = (wz @ crop.flatten(1)).view(depth, rows, -1)
+                crop = (wy @ crop).view(depth * height, columns, channels)
+                torch.matmul(wx, crop, out=out[roi.row].view(depth * height, width, channels))
+    return out.to(features.dtype).permute(0, 4, 1, 2, 3)
 
 
 def roi_align_transposed(
@@ -230,57 +241,18 @@ def roi_align_transposed(
     RoIs are added in their order, one at a time: the same input gives the same bits.
     """
     batch, channels, *extent = shape
+    dtype = values.dtype
     values = values.to(boxes.dtype).permute(0, 2, 3, 4, 1).contiguous()
     out = values.new_zeros((batch, *extent, channels))
     if out.numel() and values.numel():
-        for roi in _rois(boxes, batch_index, grid, shape):
-            wz, wy, wx = roi.weights
-            part = (wx.T @ values[roi.row].flatten(0, 1)).view(grid.size[0], grid.size[1], -1)
-            part = (wy.T @ part).view(grid.size[0], -1)
-            target = out[roi.entry][roi.cells]
-            target += (wz.T @ part).view(target.shape)
-    return out.permute(0, 4, 1, 2, 3)
-
-
-# ---------------------------------------------------------------------------------------------- crop and resize
-
-
-def interpolate(image: Tensor, entries: Tensor, positions: list[Tensor]) -> Tensor:
-    """Trilinear values [N, i, j, k, C] of images [B, H, W, D, C] at the grid of three axes' positions [N, count].
-
-    A weighted sum of the eight voxels around, differentiable (once) in the image and in the positions. On a
-    voxel the two neighbours of an axis are that voxel twice, so that the gradient to the position is 0.
-    """
-    cells, weights = [], []
-    for position in positions:
-        below = position.detach().floor()
-        share = position - below
-        cells.append(torch.stack([below, position.detach().ceil()], -1).long())
-        weights.append(torch.stack([1 - share, share], -1))
-    rows = _rows(image, entries, cells)
-    if image.shape[4] == 0:  # embedding_bag refuses vectors of no length
-        return image.flatten(0, 3).index_select(0, rows[..., 0, 0, 0].flatten()).view(*rows.shape[:4], 0)
-    i, j, k = weights
-    plane = i[:, :, None, :, None] * j[:, None, :, None, :]
-    products = plane[:, :, :, None, :, :, None] * k[:, None, None, :, None, None, :]
-    flat = torch.nn.functional.embedding_bag(
-        rows.view(-1, 8), image.flatten(0, 3), mode="sum", per_sample_weights=products.reshape(-1, 8)
-    )
-    return flat.view(*rows.shape[:4], image.shape[4])
-
-
-def take(image: Tensor, entries: Tensor, cells: list[Tensor]) -> Tensor:
-    """Values [N, i, j, k, C] of images [B, H, W, D, C] at the grid of three axes' voxels [N, count]."""
-    rows = _rows(image, entries, [cell[..., None] for cell in cells])
-    return image.flatten(0, 3).index_select(0, rows.flatten()).view(*rows.shape[:4], image.shape[4])
-
-
-def _rows(image: Tensor, entries: Tensor, cells: list[Tensor]) -> Tensor:
-    """Rows [N, i, j, k, m, m, m] of ``image.flatten(0, 3)`` for every combination of the axes' voxels [N, count, m]."""
-    i, j, k = cells
-    _, height, width, depth, _ = image.shape
-    plane = (entries.long()[:, None, None] * height + i)[:, :, None, :, None] * width + j[:, None, :, None, :]
-    return plane[:, :, :, None, :, :, None] * depth + k[:, None, None, :, None, None, :]
+        with full_precision(values.device):
+            for roi in _rois(boxes, batch_index, grid, shape):
+                wz, wy, wx = roi.weights
+                part = (wx.T @ values[roi.row].flatten(0, 1)).view(grid.size[0], grid.size[1], -1)
+                part = (wy.T @ part).view(grid.size[0], -1)
+                target = out[roi.entry][roi.cells]
+                target += (wz.T @ part).view(target.shape)
+    return out.to(dtype).permute(0, 4, 1, 2, 3)
 
 
 # ---------------------------------------------------------------------------------------------- paste masks
@@ -305,7 +277,7 @@ def _span(low: float, high: float, cells: int, length: int) -> _Span | None:
     return _Span(slice(first, stop), np.clip(1 - np.abs(position[:, None] - np.arange(cells)), 0, None))
 
 
-def paint_mask(volume: Tensor, mask: Tensor, corners: list[float], label: int, threshold: float) -> None:
+def _paint_mask(volume: Tensor, mask: Tensor, corners: list[float], label: int, threshold: float) -> None:
     """Write a label where a mask [mz, my, mx], stretched over its box, reaches the threshold.
 
     Slab by slab of bounded size, however large the box.
@@ -325,9 +297,11 @@ def paint_mask(volume: Tensor, mask: Tensor, corners: list[float], label: int, t
         slab.masked_fill_((in_z[first : first + step] @ planes).view(slab.shape) >= threshold, label)
 
 
-def paste_masks(masks: Tensor, boxes: Tensor, labels: Tensor, order: Tensor, volume: Tensor, threshold: float) -> None:
-    """Paint masks into an int32 label volume in this order: later ones over earlier ones."""
-    precision = torch.promote_types(masks.dtype, torch.float32)
+def paste_masks(masks: Tensor, boxes: Tensor, labels: Tensor, shape: tuple[int, int, int], threshold: float) -> Tensor:
+    """Int32 label volume of masks that come best first: where several claim a voxel the first has it."""
+    volume = torch.zeros(shape, dtype=torch.int32, device=masks.device)
     corners, values = boxes.tolist(), labels.tolist()
-    for k in order.tolist():
-        paint_mask(volume, masks[k].to(precision).nan_to_num(), corners[k], values[k], threshold)
+    with full_precision(masks.device):
+        for k in reversed(range(len(masks))):  # the best comes last and paints over the others
+            _paint_mask(volume, masks[k].nan_to_num(), corners[k], values[k], threshold)
+    return volume

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napari_mrcnn3d._ops import _torch
-
 _BOX_DTYPES = (torch.float32, torch.float64)
 
 
@@ -94,4 +92,5 @@ def box_iou_3d(a: Tensor, b: Tensor) -> Tensor:
     check_boxes(b, "b")
     check_device(b, "b", a.device)
     dtype = torch.promote_types(a.dtype, b.dtype)
-    return _torch.box_iou(a.detach().to(dtype), b.detach().to(dtype))
+    result: Tensor = torch.ops.mrcnn3d.box_iou(a.detach().to(dtype), b.detach().to(dtype))
+    return result

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from napari_mrcnn3d._ops import _torch
 from napari_mrcnn3d._ops.boxes import check_boxes, check_device, check_rows, check_size
 
 
@@ -60,61 +59,14 @@ def crop_and_resize_3d(
     check_boxes(boxes)
     check_device(boxes, "boxes", image.device)
     size = check_size(crop_size, "crop_size")
-    _check_box_index(box_index, boxes, len(image))
+    check_rows(box_index, "box_index", boxes, integer=True)
     if method not in ("trilinear", "nearest"):
         raise ValueError(f'method must be "trilinear" or "nearest", got {method!r}')
     image = image.to(torch.promote_types(image.dtype, torch.float32))
-    samples = [_samples(boxes, axis, size[axis], image.shape[axis + 1]) for axis in range(3)]
-    i, j, k = (inside for _, inside in samples)
-    inside = i[:, :, None, None] & j[:, None, :, None] & k[:, None, None, :]
-    values = _values(image, box_index, [position.to(image.dtype) for position, _ in samples], method)
-    return torch.where(inside[..., None], values, extrapolation_value)
-
-
-def _values(image: Tensor, box_index: Tensor, positions: list[Tensor], method: str) -> Tensor:
-    """Values at the grid of three axes' positions, all of them inside the volume."""
-    if method == "trilinear":
-        return _torch.interpolate(image, box_index, positions)
-    values = _torch.take(image, box_index, [_nearest(position.detach()) for position in positions])
-    if any(position.requires_grad for position in positions):
-        surrogate = _torch.interpolate(image.detach(), box_index, positions)
-        values = _GradientOf.apply(values, surrogate)  # type: ignore[no-untyped-call]
-    return values
-
-
-class _GradientOf(torch.autograd.Function):
-    """The first argument's value, with the gradient of both."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad
-
-
-def _samples(boxes: Tensor, axis: int, count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Sample positions [N, count] along an axis in voxels, and whether they are inside; 0 where they are not.
-
-    The corners are weighted rather than stepped between, so that the last sample falls exactly on the second one.
-    """
-    if count == 1:
-        share = boxes.new_full((1,), 0.5)
-    else:
-        share = torch.arange(count, device=boxes.device, dtype=boxes.dtype) / (count - 1)
-    position = (boxes[:, axis, None] * (1 - share) + boxes[:, axis + 3, None] * share) * (length - 1)
-    inside = (position >= 0) & (position <= length - 1)
-    return torch.where(inside, position, 0), inside
-
-
-def _nearest(position: Tensor) -> Tensor:
-    """Nearest voxel, in a tie the farther one.
-
-    Not ``floor(position + 0.5)``: for the float just below one half that sum rounds up to 1.
-    """
-    below = position.floor()
-    return (below + (position - below >= 0.5)).long()
+    crops: Tensor = torch.ops.mrcnn3d.crop_and_resize(
+        image, boxes, box_index, size, method == "nearest", float(extrapolation_value)
+    )
+    return crops
 
 
 def _check_image(image: Tensor) -> None:
@@ -125,10 +77,3 @@ def _check_image(image: Tensor) -> None:
         raise ValueError(f"input image must be 5-D [B, H, W, D, C] with H, W, D > 0, got {list(image.shape)}")
     if image.dtype.is_complex:
         raise TypeError(f"image must be real, got {image.dtype}")
-
-
-def _check_box_index(box_index: Tensor, boxes: Tensor, batch_size: int) -> None:
-    """Refuse what is not one integer in [0, batch_size) per box."""
-    check_rows(box_index, "box_index", boxes, integer=True)
-    if len(box_index) and not 0 <= int(box_index.min()) <= int(box_index.max()) < batch_size:
-        raise ValueError(f"box_index has values outside [0, batch_size), batch_size is {batch_size}")

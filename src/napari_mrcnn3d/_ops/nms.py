@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from napari_mrcnn3d._ops import _torch
 from napari_mrcnn3d._ops.boxes import check_boxes, check_rows
-
-
-def rank(scores: Tensor) -> Tensor:
-    """Order by descending score: equal ones by ascending index, those that are no number last."""
-    comparable = torch.nan_to_num(scores.detach(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return torch.sort(comparable, descending=True, stable=True).indices
 
 
 def nms_3d(
@@ -68,8 +61,7 @@ def nms_3d(
         raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
     if max_keep is not None and max_keep < 0:
         raise ValueError(f"max_keep must not be negative, got {max_keep}")
-    order = rank(scores)
-    kept = _torch.nms_sorted(
-        boxes.detach().float()[order], iou_threshold, None if groups is None else groups[order], max_keep
+    kept: Tensor = torch.ops.mrcnn3d.nms(
+        boxes.detach(), scores.detach(), float(iou_threshold), None if groups is None else groups, max_keep
     )
-    return order[kept]
+    return kept

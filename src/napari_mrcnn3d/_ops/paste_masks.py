@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from napari_mrcnn3d._ops import _torch
 from napari_mrcnn3d._ops.boxes import check_boxes, check_device, check_rows, check_size
-from napari_mrcnn3d._ops.nms import rank
 
 
 def paste_masks_3d(
@@ -59,13 +57,9 @@ def paste_masks_3d(
     size = check_size(shape, "shape", minimum=0)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
-    limits = torch.iinfo(torch.int32)
-    if len(labels) and not limits.min <= int(labels.min()) <= int(labels.max()) <= limits.max:
-        raise ValueError("labels must fit int32")
-    order = rank(scores).flip(0)  # the best comes last and paints over the others
-    with torch.no_grad(), _torch.full_precision(masks.device):
-        volume = torch.zeros(size, dtype=torch.int32, device=masks.device)
-        _torch.paste_masks(masks, boxes, labels, order, volume, threshold)
+    volume: Tensor = torch.ops.mrcnn3d.paste_masks(
+        masks.detach(), boxes.detach(), labels, scores.detach(), size, float(threshold)
+    )
     return volume
 
 

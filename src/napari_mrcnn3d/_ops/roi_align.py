@@ -3,50 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from napari_mrcnn3d._ops import _torch
-from napari_mrcnn3d._ops._torch import RoIGrid
 from napari_mrcnn3d._ops.boxes import check_boxes, check_device, check_rows, check_size
-
-
-class _RoIAlign(torch.autograd.Function):
-    """The operation. It is linear in the features, so its gradient is its transpose, whose gradient it is."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGrid) -> Tensor:
-        ctx.save_for_backward(boxes, batch_index)
-        ctx.grid, ctx.shape = grid, tuple(features.shape)
-        with _torch.full_precision(features.device):
-            return _torch.roi_align(features, boxes, batch_index, grid).to(features.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        boxes, batch_index = ctx.saved_tensors
-        result = _RoIAlignTransposed.apply(grad, boxes, batch_index, ctx.grid, ctx.shape)  # type: ignore[no-untyped-call]
-        return result, None, None, None
-
-
-class _RoIAlignTransposed(torch.autograd.Function):
-    """Values on the grids of the RoIs, spread back over the feature cells."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGrid, shape: tuple[int, ...]
-    ) -> Tensor:
-        ctx.save_for_backward(boxes, batch_index)
-        ctx.grid = grid
-        with _torch.full_precision(values.device):
-            return _torch.roi_align_transposed(values, boxes, batch_index, grid, shape).to(values.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        boxes, batch_index = ctx.saved_tensors
-        result = _RoIAlign.apply(grad, boxes, batch_index, ctx.grid)  # type: ignore[no-untyped-call]
-        return result, None, None, None, None
 
 
 def roi_align_3d(
@@ -103,11 +64,8 @@ def roi_align_3d(
         raise ValueError(f"spatial_scale must be three positive numbers, got {spatial_scale!r}")
     if int(sampling_ratio) != sampling_ratio or sampling_ratio < 1:
         raise ValueError(f"sampling_ratio must be a whole number of at least 1, got {sampling_ratio}")
-    scale_z, scale_y, scale_x = (float(s) for s in spatial_scale)
-    grid = RoIGrid(size, (scale_z, scale_y, scale_x), int(sampling_ratio))
-    precision = torch.promote_types(features.dtype, torch.float32)
-    result: Tensor = _RoIAlign.apply(  # type: ignore[no-untyped-call]
-        features, boxes.detach().to(precision), batch_index, grid
+    result: Tensor = torch.ops.mrcnn3d.roi_align(
+        features, boxes.detach(), batch_index, size, [float(s) for s in spatial_scale], int(sampling_ratio)
     )
     return result
 

@@ -34,6 +34,6 @@ class FeaturePyramidNetwork3D(nn.Module):
         levels = [self.smooth[-1](top)]
         for i in range(len(features) - 2, -1, -1):
             side = self.lateral[i](features[i])
-            top = side + F.interpolate(top, size=side.shape[2:], mode="nearest")
+            top = F.interpolate(top, size=side.shape[2:], mode="nearest").add_(side)
             levels.append(self.smooth[i](top))
         return levels[::-1]

@@ -1,0 +1,332 @@
+// The exported functions: plain C, called by _cpu.py through ctypes. Nothing here knows Python or PyTorch; the one
+// thing borrowed from the latter is its thread pool, through a pointer. No exception crosses this boundary.
+#include <math.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common.h"
+#include "cpu_kernels.h"
+
+#if MRCNN3D_WITH_AVX2
+#include <cpuid.h>
+#endif
+
+#if defined(_WIN32)
+#define MRCNN3D_EXPORT extern "C" __declspec(dllexport)
+#else
+#define MRCNN3D_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace mrcnn3d_cpu {
+namespace {
+
+constexpr int32_t ABI = 1;
+constexpr int32_t OUT_OF_MEMORY = 1;
+
+// ------------------------------------------------------------------------------------------------ instruction set
+
+const Kernels* best_kernels() {
+#if MRCNN3D_WITH_AVX2
+  constexpr unsigned OSXSAVE_AND_AVX = 1u << 27 | 1u << 28, AVX2 = 1u << 5, XMM_AND_YMM = 6;
+  unsigned a, b, c, d;
+  if (__get_cpuid(1, &a, &b, &c, &d) && (c & OSXSAVE_AND_AVX) == OSXSAVE_AND_AVX) {
+    unsigned saved_low, saved_high;  // registers that the operating system keeps for each thread
+    __asm__ volatile("xgetbv" : "=a"(saved_low), "=d"(saved_high) : "c"(0));
+    if ((saved_low & XMM_AND_YMM) == XMM_AND_YMM && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & AVX2))
+      return &avx2_kernels;
+  }
+#endif
+  return &baseline_kernels;
+}
+
+std::atomic<bool> baseline_forced{false};
+
+const Kernels& kernels() {
+  static const Kernels* const best = best_kernels();
+  return baseline_forced ? baseline_kernels : *best;
+}
+
+// ------------------------------------------------------------------------------------------------ threads
+
+// torch_parallel_for of PyTorch 2.10 and later.
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction, void* context);
+std::atomic<ParallelFor> pool{nullptr};
+
+// Tasks that threads take one by one: which thread runs which, and how many there are, does not matter.
+struct Job {
+  void (*run)(const void* body, int64_t task, void* scratch);
+  const void* body;
+  int64_t tasks;
+  size_t scratch_bytes;
+  std::atomic<int64_t> next;
+};
+
+// Takes tasks until none is left; takes none where there is no memory to do them.
+void work(Job* job) {
+  constexpr size_t LINE = 64;
+  if (job->next >= job->tasks || job->scratch_bytes > SIZE_MAX - LINE) return;
+  const std::unique_ptr<void, decltype(&free)> block(malloc(job->scratch_bytes + LINE), &free);
+  if (!block) return;
+  void* const scratch = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.get()) + LINE) & ~(LINE - 1));
+  for (int64_t task; (task = job->next++) < job->tasks;) job->run(job->body, task, scratch);
+}
+
+void work_in_pool(int64_t, int64_t, void* job) { work(static_cast<Job*>(job)); }
+
+void work_in_threads(Job* job, int64_t helpers) {
+  std::vector<std::thread> threads;
+  try {
+    threads.reserve(size_t(helpers));
+    while (int64_t(threads.size()) < helpers) threads.emplace_back(work, job);
+  } catch (...) {
+    // Fewer threads than hoped for: those that have started and this one do all tasks.
+  }
+  work(job);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Calls body(task, scratch) for each task, each thread with its own scratch memory.
+template <typename Body>
+int32_t run_tasks(int64_t tasks, size_t scratch_bytes, int64_t threads, const Body& body) {
+  const auto run = [](const void* one, int64_t task, void* scratch) { (*static_cast<const Body*>(one))(task, scratch); };
+  Job job{run, &body, tasks, scratch_bytes, {0}};
+  threads = std::min(threads, tasks);
+  if (const ParallelFor parallel_for = pool; parallel_for && threads > 1)
+    parallel_for(0, threads, 1, work_in_pool, &job);
+  else
+    work_in_threads(&job, threads - 1);
+  work(&job);  // whatever is left, should the pool have failed
+  return job.next >= tasks ? 0 : OUT_OF_MEMORY;
+}
+
+// The page faults of fresh memory can cost more than what is written there. Where huge pages are had for the asking,
+// ask: inside the output only, all of which will be written.
+void prefer_huge_pages(void* output, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + PAGE - 1) & ~(PAGE - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + uintptr_t(bytes)) & ~(PAGE - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)output, (void)bytes;
+#endif
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t product(const int64_t (&three)[3]) { return three[0] * three[1] * three[2]; }
+
+// ------------------------------------------------------------------------------------------------ roi align
+
+// Cuts the channels into slices no wider than `widest`, and enough of them to keep the threads busy with `units` of
+// work for each slice. Slices are whole cache lines, so that no two threads write to the same one.
+RoIAlignPlan cut_channels(const RoIAlignCall& call, int64_t units, int64_t widest) {
+  constexpr int64_t LINE = 16, TASKS_PER_THREAD = 4;
+  const int64_t busy = call.threads > 1 ? divide_up(TASKS_PER_THREAD * call.threads, units) : 1;
+  const int64_t slice = LINE * divide_up(std::min(widest, divide_up(call.channels, busy)), LINE);
+  return {call, slice, divide_up(call.channels, slice)};
+}
+
+int32_t roi_align(const RoIAlignCall& call) {
+  constexpr int64_t ROW_CHANNELS = 256, PLANE_BYTES = 1 << 19, NARROWEST = 32;
+  const int64_t item = call.is_double ? sizeof(double) : sizeof(float);
+  const int64_t values = call.rois * product(call.bins), cells = call.entries * product(call.extent);
+  prefer_huge_pages(call.output, (call.is_transposed ? cells : values) * call.channels * item);
+  const int64_t units = call.is_transposed ? call.entries * call.extent[0] : call.rois;
+  if (units == 0 || call.channels == 0) return 0;
+  const int64_t plane = call.extent[1] * call.extent[2] * item;
+  const int64_t widest = call.is_transposed ? std::max(NARROWEST, PLANE_BYTES / plane) : ROW_CHANNELS;
+  const RoIAlignPlan plan = cut_channels(call, units, widest);
+  const RoIAlignKernels& kernel = kernels().roi_align[call.is_double ? 1 : 0];
+  return run_tasks(units * plan.slices, kernel.scratch_bytes(plan), call.threads,
+                   [&](int64_t task, void* scratch) { kernel.run(plan, task, scratch); });
+}
+
+// ------------------------------------------------------------------------------------------------ nms
+
+Candidate candidate_at(const NMSCall& call, int64_t row) {
+  Candidate one;
+  std::copy_n(call.boxes + row * 6, 6, one.corners);
+  one.volume = mrcnn3d::box_volume(one.corners);
+  const uint64_t group = call.groups ? uint64_t(call.groups[row]) : 0;
+  one.group_low = int32_t(uint32_t(group));
+  one.group_high = int32_t(uint32_t(group >> 32));
+  return one;
+}
+
+class KeptList {
+ public:
+  explicit KeptList(bool grouped) : grouped_(grouped) {}
+
+  int64_t count() const { return count_; }
+
+  // Where the group of lanes begins that row `row` is in.
+  static int64_t group_begin(int64_t row) { return row / LANES * LANES; }
+
+  KeptBoxes boxes() {
+    KeptBoxes view;
+    for (int k = 0; k < 6; ++k) view.corners[k] = corners_[k].data();
+    view.volume = volume_.data();
+    view.group_low = grouped_ ? group_low_.data() : nullptr;
+    view.group_high = grouped_ ? group_high_.data() : nullptr;
+    return view;
+  }
+
+  void add(const Candidate& one) {
+    if (count_ % LANES == 0) add_lanes();
+    for (int k = 0; k < 6; ++k) corners_[k][count_] = one.corners[k];
+    volume_[count_] = one.volume;
+    if (grouped_) {
+      group_low_[count_] = one.group_low;
+      group_high_[count_] = one.group_high;
+    }
+    ++count_;
+  }
+
+ private:
+  void add_lanes() {
+    const size_t size = size_t(count_ + LANES);
+    for (std::vector<float>& column : corners_) column.resize(size);
+    volume_.resize(size, std::numeric_limits<float>::quiet_NaN());
+    if (grouped_) {
+      group_low_.resize(size);
+      group_high_.resize(size);
+    }
+  }
+
+  bool grouped_;
+  int64_t count_ = 0;
+  std::vector<float> corners_[6], volume_;
+  std::vector<int32_t> group_low_, group_high_;
+};
+
+// Some candidates, best first, and which of them are suppressed.
+struct Block {
+  std::vector<Candidate> candidates;
+  std::vector<char> suppressed;
+};
+
+// Marks the candidates that a kept box hits. Threads share the candidates; each walks the kept boxes in pieces that
+// stay in its cache.
+int32_t suppress_by_kept(Block& block, KeptList& list, float threshold, int64_t threads) {
+  constexpr int64_t AT_ONCE = 32, PIECE = 1024, PAIRS_WORTH_THREADS = 1 << 17;
+  const int64_t count = int64_t(block.candidates.size()), stop = LANES * divide_up(list.count(), LANES);
+  const KeptBoxes kept = list.boxes();
+  const auto hits = kernels().hits;
+  if (count * stop < PAIRS_WORTH_THREADS) threads = 1;
+  return run_tasks(divide_up(count, AT_ONCE), 0, threads, [&](int64_t task, void*) {
+    for (int64_t piece = 0; piece < stop; piece += PIECE)
+      for (int64_t i = task * AT_ONCE; i < std::min(count, (task + 1) * AT_ONCE); ++i)
+        if (!block.suppressed[i])
+          block.suppressed[i] = hits(kept, piece, std::min(stop, piece + PIECE), block.candidates[i], threshold);
+  });
+}
+
+// Decides about the rest of a block of candidates from row `first` on, one after the other.
+void suppress_among_themselves(const NMSCall& call, int64_t first, const Block& block, KeptList& list) {
+  const int64_t before = KeptList::group_begin(list.count());
+  for (size_t i = 0; i < block.candidates.size() && list.count() < call.max_keep; ++i) {
+    const int64_t stop = LANES * divide_up(list.count(), LANES);
+    if (block.suppressed[i]) continue;
+    if (kernels().hits(list.boxes(), before, stop, block.candidates[i], float(call.threshold))) continue;
+    call.kept[list.count()] = first + int64_t(i);
+    list.add(block.candidates[i]);
+  }
+}
+
+int32_t suppress(const NMSCall& call, int64_t* found) {
+  constexpr int64_t BLOCK = 512;
+  KeptList list(call.groups != nullptr);
+  Block block;
+  for (int64_t first = 0; first < call.count && list.count() < call.max_keep; first += BLOCK) {
+    const int64_t stop = std::min(call.count, first + BLOCK);
+    block.candidates.clear();
+    for (int64_t row = first; row < stop; ++row) block.candidates.push_back(candidate_at(call, row));
+    block.suppressed.assign(size_t(stop - first), 0);
+    if (const int32_t failed = suppress_by_kept(block, list, float(call.threshold), call.threads)) return failed;
+    suppress_among_themselves(call, first, block, list);
+  }
+  *found = list.count();
+  return 0;
+}
+
+// ------------------------------------------------------------------------------------------------ paste masks
+
+// Voxels whose centre lies in a box; compared as floating point, as a box may lie anywhere.
+VoxelRange covered(const double* box, const int64_t (&extent)[3]) {
+  VoxelRange range{};
+  for (int a = 0; a < 6; ++a)
+    if (!isfinite(box[a])) return range;
+  for (int a = 0; a < 3; ++a) {
+    const double first = std::max(0.0, ceil(box[a] - 0.5)), stop = std::min(double(extent[a]), ceil(box[a + 3] - 0.5));
+    if (!(first < stop)) return VoxelRange{};
+    range.first[a] = int64_t(first);
+    range.stop[a] = int64_t(stop);
+  }
+  return range;
+}
+
+int32_t paste_masks(const PasteCall& call) {
+  constexpr int64_t TASKS_PER_THREAD = 4, MOST_PLANES = 16;
+  prefer_huge_pages(call.volume, product(call.extent) * int64_t(sizeof(int32_t)));
+  std::vector<VoxelRange> ranges;
+  ranges.reserve(size_t(call.count));
+  for (int64_t k = 0; k < call.count; ++k) ranges.push_back(covered(call.boxes + k * 6, call.extent));
+  const int64_t tasks = TASKS_PER_THREAD * call.threads;
+  const int64_t planes = std::clamp(divide_up(call.extent[0], tasks), int64_t(1), MOST_PLANES);
+  const PastePlan plan{call, ranges.data(), planes};
+  const Kernels& kernel = kernels();
+  return run_tasks(divide_up(call.extent[0], plan.planes), kernel.paste_scratch_bytes(plan), call.threads,
+                   [&](int64_t task, void* scratch) { kernel.paste(plan, task, scratch); });
+}
+
+// Runs a function that may run out of memory.
+template <typename Function>
+int32_t guarded(const Function& function) {
+  try {
+    return function();
+  } catch (...) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace
+}  // namespace mrcnn3d_cpu
+
+using namespace mrcnn3d_cpu;
+
+// ------------------------------------------------------------------------------------------------ exported
+
+MRCNN3D_EXPORT const char* mrcnn3d_signature() { return "napari-mrcnn3d ops"; }
+
+MRCNN3D_EXPORT int32_t mrcnn3d_abi() { return ABI; }
+
+MRCNN3D_EXPORT const char* mrcnn3d_instruction_set() { return kernels().name; }
+
+MRCNN3D_EXPORT void mrcnn3d_force_baseline(int32_t forced) { baseline_forced = forced != 0; }
+
+MRCNN3D_EXPORT void mrcnn3d_use_pool(void* parallel_for) { pool = reinterpret_cast<ParallelFor>(parallel_for); }
+
+// 0, or 1 if memory ran out; so the others.
+MRCNN3D_EXPORT int32_t mrcnn3d_roi_align(const RoIAlignCall* call) {
+  return guarded([&] { return roi_align(*call); });
+}
+
+MRCNN3D_EXPORT int32_t mrcnn3d_nms(const NMSCall* call, int64_t* found) {
+  return guarded([&] { return suppress(*call, found); });
+}
+
+MRCNN3D_EXPORT int32_t mrcnn3d_paste_masks(const PasteCall* call) {
+  return guarded([&] { return paste_masks(*call); });
+}
