@@ -3,6 +3,7 @@
 #
 #   tools/setup_env.sh torch VENV            the environment, and PyTorch in the version of constraints.txt
 #   tools/setup_env.sh package VENV EXTRA    this package from the checkout, with one of its extras
+#   tools/setup_env.sh library VENV          its operations compiled for this machine's processor; 1 if that fails
 #
 # Packages come from wherever pip is configured to look. PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
@@ -57,7 +58,22 @@ install_torch() {
 install_package() {
   local python=$1/bin/python extra=$2
   say "Installing napari-mrcnn3d with what it needs ($extra)"
-  "$python" -m pip install --quiet --constraint constraints.txt --editable ".[$extra]"
+  NAPARI_MRCNN3D_NO_EXT=1 "$python" -m pip install --quiet --constraint constraints.txt --editable ".[$extra]"
+}
+
+compile_library() {
+  local python=$1/bin/python status=0
+  say "Compiling the operations for the processor"
+  "$python" _build/compile_library.py >/dev/null || status=$?
+  if [ $status -eq 3 ]; then
+    say "Fetching zig's compiler for that (about 100 MB)"
+    status=0
+    "$python" -m pip install --quiet --no-deps --editable . || status=$?
+  fi
+  if [ $status -ne 0 ]; then
+    say "Going on without them: the same results, but slower"
+    return 1
+  fi
 }
 
 case ${1:-} in
@@ -66,5 +82,6 @@ case ${1:-} in
     install_torch "$2"
     ;;
   package) install_package "$2" "$3" ;;
-  *) fail "usage: $0 torch VENV | package VENV EXTRA" ;;
+  library) compile_library "$2" ;;
+  *) fail "usage: $0 torch VENV | package VENV EXTRA | library VENV" ;;
 esac

@@ -57,7 +57,13 @@ def odd_boxes() -> Tensor:
     rows = [good]
     for corner, value in itertools.product(range(6), (float("nan"), INF, -INF, 3e38, -3e38, 1e-40)):
         rows.append(good.clone().index_fill_(0, torch.tensor(corner), value))
-    rows += [good.flip(0), good.roll(3), torch.zeros(6), torch.full((6,), 2**31 + 0.0), torch.full((6,), -(2**62) + 0.0)]
+    rows += [
+        good.flip(0),
+        good.roll(3),
+        torch.zeros(6),
+        torch.full((6,), 2**31 + 0.0),
+        torch.full((6,), -(2**62) + 0.0),
+    ]
     rows += [torch.tensor([-3e38, -3e38, -3e38, 3e38, 3e38, 3e38]), torch.tensor([-INF, -INF, -INF, INF, INF, INF])]
     return torch.stack(rows)
 

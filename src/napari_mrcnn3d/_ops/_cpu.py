@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ def _load(path: Path) -> ctypes.CDLL:
     if not path.exists():
         raise _UnusableError(f"{path.name} is missing, the package was installed without a C++ compiler.")
     try:
+        _check_whole(path)
         library = ctypes.CDLL(str(path))
     except OSError as error:
         reason = str(error).replace(str(path), path.name)
@@ -108,6 +110,16 @@ def _load(path: Path) -> ctypes.CDLL:
         raise _UnusableError(f"{path.name} has interface {abi} instead of {_ABI}, install the package again.")
     library.mrcnn3d_use_pool(c_void_p(_torch_pool()))
     return library
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse (OSError) an ELF file that is cut off: Linux would load it, and end the process at the missing part."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header.startswith(b"\x7fELF") and len(header) == 64:
+        (table,), (entry, entries) = struct.unpack("<40xQ", header[:48]), struct.unpack("<58xHH", header[:62])
+        if path.stat().st_size < table + entry * entries:  # the table of sections comes last
+            raise OSError("it is cut off")
 
 
 @cache
@@ -146,7 +158,8 @@ def problem(device: torch.device) -> str | None:
 def describe(device: torch.device) -> str:
     """What computes, in words: the instruction set in use and whose threads."""
     instructions = _load(_LIBRARY).mrcnn3d_instruction_set().decode()
-    return f"compiled, {instructions}, {'its own' if _torch_pool() is None else 'PyTorch'} threads"
+    whose = "its own" if _torch_pool() is None else "PyTorch's"
+    return f"compiled, {instructions}, {whose} threads"
 
 
 @contextmanager

@@ -110,6 +110,9 @@ int32_t run_tasks(int64_t tasks, size_t scratch_bytes, int64_t threads, const Bo
   return job.next >= tasks ? 0 : OUT_OF_MEMORY;
 }
 
+// Waking threads, and waiting for the last of them on a busy machine, is for work of a fraction of a millisecond and up.
+int64_t threads_for(int64_t operations, int64_t threads) { return operations < 1 << 20 ? 1 : threads; }
+
 // The page faults of fresh memory can cost more than what is written there. Where huge pages are had for the asking,
 // ask: inside the output only, all of which will be written.
 void prefer_huge_pages(void* output, int64_t bytes) {
@@ -129,27 +132,26 @@ int64_t product(const int64_t (&three)[3]) { return three[0] * three[1] * three[
 
 // ------------------------------------------------------------------------------------------------ roi align
 
-// Cuts the channels into slices no wider than `widest`, and enough of them to keep the threads busy with `units` of
-// work for each slice. Slices are whole cache lines, so that no two threads write to the same one.
-RoIAlignPlan cut_channels(const RoIAlignCall& call, int64_t units, int64_t widest) {
-  constexpr int64_t LINE = 16, TASKS_PER_THREAD = 4;
-  const int64_t busy = call.threads > 1 ? divide_up(TASKS_PER_THREAD * call.threads, units) : 1;
-  const int64_t slice = LINE * divide_up(std::min(widest, divide_up(call.channels, busy)), LINE);
+// Cuts the channels, but only where there are too few `units` of work to keep the threads busy: long runs of memory are
+// read much faster than short ones.
+RoIAlignPlan cut_channels(const RoIAlignCall& call, int64_t units, int64_t threads) {
+  constexpr int64_t NARROWEST = 64, TASKS_PER_THREAD = 2;
+  const int64_t slices = threads > 1 ? divide_up(TASKS_PER_THREAD * threads, units) : 1;
+  const int64_t slice = NARROWEST * divide_up(call.channels, slices * NARROWEST);
   return {call, slice, divide_up(call.channels, slice)};
 }
 
 int32_t roi_align(const RoIAlignCall& call) {
-  constexpr int64_t ROW_CHANNELS = 256, PLANE_BYTES = 1 << 19, NARROWEST = 32;
-  const int64_t item = call.is_double ? sizeof(double) : sizeof(float);
-  const int64_t values = call.rois * product(call.bins), cells = call.entries * product(call.extent);
-  prefer_huge_pages(call.output, (call.is_transposed ? cells : values) * call.channels * item);
+  constexpr int64_t OPERATIONS_PER_VALUE = 16;
+  const int64_t values = call.rois * product(call.bins) * call.channels;
+  const int64_t outputs = call.is_transposed ? call.entries * product(call.extent) * call.channels : values;
+  if (outputs == 0) return 0;
+  prefer_huge_pages(call.output, outputs * int64_t(call.is_double ? sizeof(double) : sizeof(float)));
+  const int64_t threads = threads_for(values * OPERATIONS_PER_VALUE + outputs, call.threads);
   const int64_t units = call.is_transposed ? call.entries * call.extent[0] : call.rois;
-  if (units == 0 || call.channels == 0) return 0;
-  const int64_t plane = call.extent[1] * call.extent[2] * item;
-  const int64_t widest = call.is_transposed ? std::max(NARROWEST, PLANE_BYTES / plane) : ROW_CHANNELS;
-  const RoIAlignPlan plan = cut_channels(call, units, widest);
+  const RoIAlignPlan plan = cut_channels(call, units, threads);
   const RoIAlignKernels& kernel = kernels().roi_align[call.is_double ? 1 : 0];
-  return run_tasks(units * plan.slices, kernel.scratch_bytes(plan), call.threads,
+  return run_tasks(units * plan.slices, kernel.scratch_bytes(plan), threads,
                    [&](int64_t task, void* scratch) { kernel.run(plan, task, scratch); });
 }
 
@@ -220,12 +222,11 @@ struct Block {
 // Marks the candidates that a kept box hits. Threads share the candidates; each walks the kept boxes in pieces that
 // stay in its cache.
 int32_t suppress_by_kept(Block& block, KeptList& list, float threshold, int64_t threads) {
-  constexpr int64_t AT_ONCE = 32, PIECE = 1024, PAIRS_WORTH_THREADS = 1 << 17;
+  constexpr int64_t AT_ONCE = 32, PIECE = 1024;
   const int64_t count = int64_t(block.candidates.size()), stop = LANES * divide_up(list.count(), LANES);
   const KeptBoxes kept = list.boxes();
   const auto hits = kernels().hits;
-  if (count * stop < PAIRS_WORTH_THREADS) threads = 1;
-  return run_tasks(divide_up(count, AT_ONCE), 0, threads, [&](int64_t task, void*) {
+  return run_tasks(divide_up(count, AT_ONCE), 0, threads_for(count * stop, threads), [&](int64_t task, void*) {
     for (int64_t piece = 0; piece < stop; piece += PIECE)
       for (int64_t i = task * AT_ONCE; i < std::min(count, (task + 1) * AT_ONCE); ++i)
         if (!block.suppressed[i])
@@ -279,15 +280,16 @@ VoxelRange covered(const double* box, const int64_t (&extent)[3]) {
 
 int32_t paste_masks(const PasteCall& call) {
   constexpr int64_t TASKS_PER_THREAD = 4, MOST_PLANES = 16;
-  prefer_huge_pages(call.volume, product(call.extent) * int64_t(sizeof(int32_t)));
+  const int64_t voxels = product(call.extent), threads = threads_for(voxels, call.threads);
+  prefer_huge_pages(call.volume, voxels * int64_t(sizeof(int32_t)));
   std::vector<VoxelRange> ranges;
   ranges.reserve(size_t(call.count));
   for (int64_t k = 0; k < call.count; ++k) ranges.push_back(covered(call.boxes + k * 6, call.extent));
-  const int64_t tasks = TASKS_PER_THREAD * call.threads;
+  const int64_t tasks = TASKS_PER_THREAD * threads;
   const int64_t planes = std::clamp(divide_up(call.extent[0], tasks), int64_t(1), MOST_PLANES);
   const PastePlan plan{call, ranges.data(), planes};
   const Kernels& kernel = kernels();
-  return run_tasks(divide_up(call.extent[0], plan.planes), kernel.paste_scratch_bytes(plan), call.threads,
+  return run_tasks(divide_up(call.extent[0], plan.planes), kernel.paste_scratch_bytes(plan), threads,
                    [&](int64_t task, void* scratch) { kernel.paste(plan, task, scratch); });
 }
 

@@ -82,9 +82,13 @@ struct Sums {
 };
 
 // Addresses within a plane are a pointer and a 32-bit offset in bytes: two instructions, where an index costs up to six.
+template <typename T>
+MRCNN3D_DEVICE const T* shifted(const T* base, Bits bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + bytes);
+}
 template <typename T, int V>
 MRCNN3D_DEVICE Pack<T, V> load(const T* base, unsigned offset) {
-  return *reinterpret_cast<const Pack<T, V>*>(reinterpret_cast<const char*>(base) + offset);
+  return *reinterpret_cast<const Pack<T, V>*>(shifted(base, offset));
 }
 
 // Write once, read by a later kernel: marked to leave the caches first, so that the features can stay in them.
@@ -232,13 +236,13 @@ template <typename T, int V, typename InPlane>
 struct Column {
   using A = typename SumOf<T>::Type;
   const T* source;
-  int plane_step;
+  unsigned plane_bytes;
   InPlane in_plane;
   int last_plane = -1, plane_before = -1;
   Sums<A, V> last, before;
 
-  MRCNN3D_DEVICE Column(const T* first, int step, const InPlane& taps)
-      : source(first), plane_step(step), in_plane(taps) {}
+  MRCNN3D_DEVICE Column(const T* first, unsigned plane_size, const InPlane& taps)
+      : source(first), plane_bytes(plane_size), in_plane(taps) {}
 
   MRCNN3D_DEVICE void add_to(Sums<A, V>& sums, const Tap<A>* planes, int plane_count) {
 #pragma unroll 1
@@ -247,7 +251,7 @@ struct Column {
       if (tap.index != last_plane && tap.index != plane_before) {
         before = last;
         plane_before = last_plane;
-        last = in_plane.sum(source + Int(tap.index) * plane_step);
+        last = in_plane.sum(shifted(source, Bits(unsigned(tap.index)) * plane_bytes));
         last_plane = tap.index;
       }
       sums.add_one_of(tap.weight, tap.index == last_plane, last, before);
@@ -311,7 +315,7 @@ MRCNN3D_DEVICE void roi_align(const T* features, const typename SumOf<T>::Type* 
       const int index = first_column + column;
       const int in_plane = present ? y_counts[index / x.bins] * x_counts[index % x.bins] : 0;
       const T* source = features + geometry.cell(present ? int(entry) : 0, 0, 0, 0) * channels + channel;
-      Column<T, V, PlaneTaps<T, V>> sampled(source, y.length * x.length * channels,
+      Column<T, V, PlaneTaps<T, V>> sampled(source, y.length * x.length * cell_bytes,
                                             {column_taps + column * places, in_plane});
       T* target = out + (roi * geometry.bins() + index) * channels + channel;
 #pragma unroll 1
@@ -456,7 +460,7 @@ MRCNN3D_DEVICE void roi_align_scatter(const T* values, const CellTaps<typename S
       const int row = range.low[1] + item / width, place = range.low[2] + item % width;
       const CrossTaps<T, V> seen = cells.template cross<V>(row, place, geometry);
       if (seen.row_count == 0 || seen.place_count == 0) continue;
-      Column<T, V, CrossTaps<T, V>> column(cells.values + channel, y.bins * x.bins * channels, seen);
+      Column<T, V, CrossTaps<T, V>> column(cells.values + channel, y.bins * x.bins * channels * unsigned(sizeof(T)), seen);
       A* target = out + geometry.cell(int(batch_index[roi]), range.low[0], row, place) * channels + channel;
 #pragma unroll 1
       for (int plane = range.low[0]; plane < range.high[0]; ++plane) {
@@ -472,13 +476,13 @@ MRCNN3D_DEVICE void roi_align_scatter(const T* values, const CellTaps<typename S
 }
 
 // A block makes a tile of one plane of cells (grid x) in one slice of channels (grid y), RoI after RoI in their order:
-// deterministic. The sums are added to the output if `add` is set, else written.
+// adds to the output without atomics, deterministically.
 constexpr int tile_width = 8;
 constexpr int gather_threads = 256;
 
 template <typename T, int V>
 MRCNN3D_DEVICE void roi_align_gather(const T* values, const CellTaps<typename SumOf<T>::Type>& sorted,
-                                     const Int* batch_index, typename SumOf<T>::Type* out, bool add,
+                                     const Int* batch_index, typename SumOf<T>::Type* out,
                                      const Geometry<typename SumOf<T>::Type>& geometry) {
   using A = typename SumOf<T>::Type;
   static __shared__ unsigned touching[gather_threads / 32];
@@ -513,7 +517,7 @@ MRCNN3D_DEVICE void roi_align_gather(const T* values, const CellTaps<typename Su
           const CrossTaps<T, V> seen = cells.template cross<V>(row, place, geometry);
           if (seen.row_count == 0 || seen.place_count == 0) continue;
           const List list = cells.z_lists[plane];
-          Column<T, V, CrossTaps<T, V>> column(cells.values + channel, y.bins * x.bins * channels, seen);
+          Column<T, V, CrossTaps<T, V>> column(cells.values + channel, y.bins * x.bins * channels * unsigned(sizeof(T)), seen);
           column.add_to(sums, cells.z_taps + list.first, list.count);
         }
       }
@@ -521,7 +525,7 @@ MRCNN3D_DEVICE void roi_align_gather(const T* values, const CellTaps<typename Su
     }
     if (!active) continue;
     A* target = out + geometry.cell(entry, plane, row, place) * channels + channel;
-    for (int v = 0; v < V; ++v) target[v] = add ? target[v] + sums.values[v] : sums.values[v];
+    for (int v = 0; v < V; ++v) target[v] += sums.values[v];
   }
 }
 
@@ -580,7 +584,7 @@ MRCNN3D_DEVICE void nms_drop(const Chunk& chunk, const Int* kept, const Int* kep
   for (Int first = Int(blockIdx.y) * word_bits; first < count; first += Int(gridDim.y) * word_bits) {
     if (__syncthreads_and(suppressed)) break;
     const int found = int(min(Int(word_bits), count - first));
-    if (threadIdx.x < found) winners[threadIdx.x] = scored_box(chunk.boxes, chunk.groups, kept[first + threadIdx.x]);
+    if (int(threadIdx.x) < found) winners[threadIdx.x] = scored_box(chunk.boxes, chunk.groups, kept[first + threadIdx.x]);
     __syncthreads();
     for (int i = 0; i < found && !suppressed; ++i) suppressed = suppresses(winners[i], box, chunk.threshold);
   }
@@ -797,7 +801,7 @@ MRCNN3D_DEVICE void paste_labels(int* voxels, const int* labels, Int count, Int 
   }
 
 #define MRCNN3D_ROI_ALIGN(name, T, A, V)                                                                         \
-  MRCNN3D_KERNEL(roi_align_##name, 416, V > 4 ? 2 : 3)                                                                          \
+  MRCNN3D_KERNEL(roi_align_##name, 416, 2)                                                                          \
   (const T* features, const A* boxes, const mrcnn3d::Int* batch_index, T* out, MRCNN3D_GEOMETRY) {               \
     mrcnn3d::roi_align<T, V>(features, boxes, batch_index, out, MRCNN3D_GEOMETRY_OF(A));                         \
   }
@@ -816,12 +820,11 @@ MRCNN3D_DEVICE void paste_labels(int* voxels, const int* labels, Int count, Int 
 #define MRCNN3D_GATHER(name, T, A, V)                                                                            \
   MRCNN3D_KERNEL(roi_align_gather_##name, mrcnn3d::gather_threads, V > 4 ? 3 : 4)                                               \
   (const T* values, mrcnn3d::Tap<A>* taps, mrcnn3d::List* lists, mrcnn3d::Range* ranges,                         \
-   const mrcnn3d::Int* batch_index, A* out, mrcnn3d::Int add, MRCNN3D_GEOMETRY) {                                \
-    mrcnn3d::roi_align_gather<T, V>(values, {taps, lists, ranges}, batch_index, out, add != 0,                   \
-                                    MRCNN3D_GEOMETRY_OF(A));                                                     \
+   const mrcnn3d::Int* batch_index, A* out, MRCNN3D_GEOMETRY) {                                                  \
+    mrcnn3d::roi_align_gather<T, V>(values, {taps, lists, ranges}, batch_index, out, MRCNN3D_GEOMETRY_OF(A));    \
   }
 #define MRCNN3D_PASTE(name, A)                                                                                   \
-  MRCNN3D_KERNEL(paste_ranks_##name, 256, 4)                                                                        \
+  MRCNN3D_KERNEL(paste_ranks_##name, 256, 3)                                                                        \
   (const A* masks, const double* boxes, int* ranks, mrcnn3d::Int count, mrcnn3d::Int cells_z,                    \
    mrcnn3d::Int cells_y, mrcnn3d::Int cells_x, mrcnn3d::Int depth, mrcnn3d::Int height, mrcnn3d::Int width,      \
    double threshold) {                                                                                           \
