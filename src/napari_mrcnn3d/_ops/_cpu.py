@@ -30,6 +30,9 @@ _ABI = 1
 _MOST_ALONG_AN_AXIS = 1 << 30
 """Cells, bins, samples per bin: the library counts them with 32 bits."""
 
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+"""What RoIAlign reads as it is (Type in cpu_kernels.h); from the last it gives float32."""
+
 _PROCESS = os.getpid()
 """Whose threads torch's pool has: a fork does not copy them, and its child would wait for them forever."""
 
@@ -49,7 +52,7 @@ class _RoIAlignCall(ctypes.Structure):
         ("bins", c_int64 * 3),
         ("samples", c_int64),
         ("scale", c_double * 3),
-        ("is_double", c_int64),
+        ("type", c_int64),
         ("is_transposed", c_int64),
         ("threads", c_int64),
     )
@@ -117,8 +120,8 @@ def _check_whole(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(64)
     if header.startswith(b"\x7fELF") and len(header) == 64:
-        (table,), (entry, entries) = struct.unpack("<40xQ", header[:48]), struct.unpack("<58xHH", header[:62])
-        if path.stat().st_size < table + entry * entries:  # the table of sections comes last
+        table, entry, entries = struct.unpack_from("<40xQ10xHH", header)  # of sections, at the end of the file
+        if path.stat().st_size < table + entry * entries:
             raise OSError("it is cut off")
 
 
@@ -233,7 +236,9 @@ def _run_roi_align(
     transposed: bool = False,
 ) -> None:
     """Write RoIAlign of features, or its transpose of values, into ``out``."""
-    source = source.to(out.dtype).contiguous(memory_format=torch.channels_last_3d)
+    if source.dtype not in _TYPES:
+        source = source.to(out.dtype)
+    source = source.contiguous(memory_format=torch.channels_last_3d)
     boxes, batch_index = boxes.contiguous(), batch_index.contiguous()
     call = _RoIAlignCall(
         input=source.data_ptr(),
@@ -247,7 +252,7 @@ def _run_roi_align(
         bins=grid.size,
         samples=grid.samples,
         scale=grid.scale,
-        is_double=out.dtype == torch.float64,
+        type=_TYPES[source.dtype],
         is_transposed=transposed,
         threads=_threads(),
     )

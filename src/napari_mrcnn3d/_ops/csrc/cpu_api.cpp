@@ -99,18 +99,22 @@ void work_in_threads(Job* job, int64_t helpers) {
 // Calls body(task, scratch) for each task, each thread with its own scratch memory.
 template <typename Body>
 int32_t run_tasks(int64_t tasks, size_t scratch_bytes, int64_t threads, const Body& body) {
-  const auto run = [](const void* one, int64_t task, void* scratch) { (*static_cast<const Body*>(one))(task, scratch); };
+  const auto run = [](const void* typed, int64_t task, void* scratch) {
+    const Body& run_one = *static_cast<const Body*>(typed);
+    run_one(task, scratch);
+  };
   Job job{run, &body, tasks, scratch_bytes, {0}};
   threads = std::min(threads, tasks);
-  if (const ParallelFor parallel_for = pool; parallel_for && threads > 1)
+  const ParallelFor parallel_for = pool;
+  if (threads > 1 && parallel_for)
     parallel_for(0, threads, 1, work_in_pool, &job);
-  else
+  else if (threads > 1)
     work_in_threads(&job, threads - 1);
-  work(&job);  // whatever is left, should the pool have failed
+  work(&job);  // all of it, or what is left should the pool have failed
   return job.next >= tasks ? 0 : OUT_OF_MEMORY;
 }
 
-// Waking threads, and waiting for the last of them on a busy machine, is for work of a fraction of a millisecond and up.
+// Waking threads, and waiting for the last of them on a busy machine, pays from a fraction of a millisecond on.
 int64_t threads_for(int64_t operations, int64_t threads) { return operations < 1 << 20 ? 1 : threads; }
 
 // The page faults of fresh memory can cost more than what is written there. Where huge pages are had for the asking,
@@ -132,25 +136,32 @@ int64_t product(const int64_t (&three)[3]) { return three[0] * three[1] * three[
 
 // ------------------------------------------------------------------------------------------------ roi align
 
-// Cuts the channels, but only where there are too few `units` of work to keep the threads busy: long runs of memory are
-// read much faster than short ones.
-RoIAlignPlan cut_channels(const RoIAlignCall& call, int64_t units, int64_t threads) {
-  constexpr int64_t NARROWEST = 64, TASKS_PER_THREAD = 2;
-  const int64_t slices = threads > 1 ? divide_up(TASKS_PER_THREAD * threads, units) : 1;
-  const int64_t slice = NARROWEST * divide_up(call.channels, slices * NARROWEST);
-  return {call, slice, divide_up(call.channels, slice)};
+constexpr int64_t TASKS_PER_THREAD = 4;
+
+// Z planes in a slab: as many as fit the cache together, as every RoI is weighed again for each slab; but few enough
+// for the threads all to be busy.
+int64_t planes_of_a_slab(const RoIAlignCall& call, int64_t item, int64_t threads) {
+  constexpr int64_t CACHE = 1 << 22;
+  const int64_t plane = call.extent[1] * call.extent[2] * call.channels * item;
+  const int64_t slabs = threads > 1 ? divide_up(TASKS_PER_THREAD * threads, call.entries) : 1;
+  return std::clamp(call.extent[0] / slabs, int64_t(1), std::max(int64_t(1), CACHE / plane));
 }
 
 int32_t roi_align(const RoIAlignCall& call) {
-  constexpr int64_t OPERATIONS_PER_VALUE = 16;
+  constexpr int64_t OPERATIONS_PER_VALUE = 16, NARROWEST = 64;
+  const int64_t item = call.type == FLOAT64 ? sizeof(double) : sizeof(float);
   const int64_t values = call.rois * product(call.bins) * call.channels;
   const int64_t outputs = call.is_transposed ? call.entries * product(call.extent) * call.channels : values;
   if (outputs == 0) return 0;
-  prefer_huge_pages(call.output, outputs * int64_t(call.is_double ? sizeof(double) : sizeof(float)));
+  prefer_huge_pages(call.output, outputs * item);
   const int64_t threads = threads_for(values * OPERATIONS_PER_VALUE + outputs, call.threads);
-  const int64_t units = call.is_transposed ? call.entries * call.extent[0] : call.rois;
-  const RoIAlignPlan plan = cut_channels(call, units, threads);
-  const RoIAlignKernels& kernel = kernels().roi_align[call.is_double ? 1 : 0];
+  const int64_t planes = call.is_transposed ? planes_of_a_slab(call, item, threads) : 1;
+  const int64_t units = call.is_transposed ? call.entries * divide_up(call.extent[0], planes) : call.rois;
+  // Channels are cut only for want of other tasks: long runs of memory are read much faster than short ones.
+  const int64_t wanted_slices = threads > 1 ? divide_up(2 * threads, units) : 1;
+  const int64_t slice = NARROWEST * divide_up(call.channels, wanted_slices * NARROWEST);
+  const RoIAlignPlan plan{call, planes, slice, divide_up(call.channels, slice)};
+  const RoIAlignKernels& kernel = kernels().roi_align[call.type];
   return run_tasks(units * plan.slices, kernel.scratch_bytes(plan), threads,
                    [&](int64_t task, void* scratch) { kernel.run(plan, task, scratch); });
 }
@@ -279,7 +290,7 @@ VoxelRange covered(const double* box, const int64_t (&extent)[3]) {
 }
 
 int32_t paste_masks(const PasteCall& call) {
-  constexpr int64_t TASKS_PER_THREAD = 4, MOST_PLANES = 16;
+  constexpr int64_t MOST_PLANES = 16;
   const int64_t voxels = product(call.extent), threads = threads_for(voxels, call.threads);
   prefer_huge_pages(call.volume, voxels * int64_t(sizeof(int32_t)));
   std::vector<VoxelRange> ranges;

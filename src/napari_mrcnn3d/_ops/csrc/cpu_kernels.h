@@ -12,18 +12,21 @@
 #define MRCNN3D_WITH_AVX2 0
 #endif
 
+static_assert(sizeof(size_t) == sizeof(int64_t), "sizes are counted with 64 bits");
+
 namespace mrcnn3d_cpu {
 
 // RoIAlign: features [entries, extent, channels] to values [rois, bins, channels]; transposed: the way back.
+enum Type : int64_t { FLOAT32, FLOAT64, BFLOAT16_TO_FLOAT32, TYPES };
 struct RoIAlignCall {
   const void* input;
-  const void* boxes;  // [rois, 6], of the input's type
+  const void* boxes;  // [rois, 6], of the output's type
   const int64_t* batch_index;
   void* output;
   int64_t rois, entries, channels;
   int64_t extent[3], bins[3], samples;
   double scale[3];
-  int64_t is_double, is_transposed, threads;
+  int64_t type, is_transposed, threads;
 };
 
 // Greedy suppression of boxes [count, 6] that come best first; `kept` has room for min(count, max_keep) positions.
@@ -48,11 +51,11 @@ struct PasteCall {
   int64_t threads;
 };
 
-// A RoIAlign call cut into tasks: `slices` ranges of `slice` channels (the last may be shorter) for each RoI or,
-// transposed, for each z plane of each entry.
+// A RoIAlign call cut into tasks: each RoI or, transposed, each slab of `planes` z planes of each entry (the last of an
+// entry may be thinner), times `slices` ranges of `slice` channels (the last may be narrower).
 struct RoIAlignPlan {
   RoIAlignCall call;
-  int64_t slice, slices;
+  int64_t planes, slice, slices;
 };
 
 // Kept boxes column by column, in whole groups of LANES: unused lanes have a volume that is not a number.
@@ -88,7 +91,7 @@ struct RoIAlignKernels {
 
 struct Kernels {
   const char* name;
-  RoIAlignKernels roi_align[2];  // float, double
+  RoIAlignKernels roi_align[TYPES];
   bool (*hits)(const KeptBoxes&, int64_t first, int64_t stop, const Candidate&, float threshold);
   size_t (*paste_scratch_bytes)(const PastePlan&);
   void (*paste)(const PastePlan&, int64_t task, void* scratch);

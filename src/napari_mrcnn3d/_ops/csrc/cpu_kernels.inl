@@ -47,8 +47,9 @@ class Arena {
 
 const Kernels MRCNN3D_KERNELS = {
     MRCNN3D_KERNELS_NAME,
-    {{roi_align_scratch_bytes<float>, roi_align_task<float>},
-     {roi_align_scratch_bytes<double>, roi_align_task<double>}},
+    {{roi_align_scratch_bytes<float>, roi_align_task<float, float>},
+     {roi_align_scratch_bytes<double>, roi_align_task<double, double>},
+     {roi_align_scratch_bytes<float>, roi_align_task<float, BFloat16>}},
     hits_kept,
     paste_scratch_bytes,
     paste_task,

@@ -39,15 +39,21 @@ struct Workspace {
   T* row;         // sources along x, one after the other
 };
 
-// A task's share of a call: some of the channels of one RoI, or of one z plane of cells.
-template <typename T>
+// The upper half of a float, which is computed with as that float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// A task's share of a call: some of the channels of one RoI, or of a few z planes of cells. The input may be stored in
+// another type than T, in which sums are made and given.
+template <typename T, typename Stored>
 struct Share {
   const RoIAlignCall& call;
   int64_t first_channel, channels;
   Workspace<T> space;
 
-  const T* input(int64_t position) const {
-    return static_cast<const T*>(call.input) + position * call.channels + first_channel;
+  const Stored* input(int64_t position) const {
+    return static_cast<const Stored*>(call.input) + position * call.channels + first_channel;
   }
   T* output(int64_t position) const { return static_cast<T*>(call.output) + position * call.channels + first_channel; }
 };
@@ -153,8 +159,8 @@ void transpose_bins(Axis<T>& axis) {
 }
 
 // Weighs axis `a` of a RoI; whether it touches any cell.
-template <typename T>
-bool weigh_axis(Share<T>& share, int64_t roi, int a) {
+template <typename T, typename Stored>
+bool weigh_axis(Share<T, Stored>& share, int64_t roi, int a) {
   const RoIAlignCall& call = share.call;
   const T* const box = static_cast<const T*>(call.boxes) + roi * 6;
   const T low = box[a] * T(call.scale[a]), high = box[a + 3] * T(call.scale[a]);
@@ -166,6 +172,15 @@ bool weigh_axis(Share<T>& share, int64_t roi, int a) {
 
 // ------------------------------------------------------------------------------------------------ the contraction
 
+inline float value_of(float stored) { return stored; }
+inline double value_of(double stored) { return stored; }
+inline float value_of(BFloat16 stored) {
+  const uint32_t bits = uint32_t(stored.bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // Neighbouring channels as one value, wherever it lies. Compilers that know such a type use the registers well with it;
 // what they make by themselves of plain loops over a few registers is a matter of luck.
 #if defined(__GNUC__) || defined(__clang__)
@@ -173,17 +188,32 @@ template <typename T>
 struct Pack {
   typedef T Values __attribute__((vector_size(MRCNN3D_PACK_BYTES), aligned(sizeof(T)), may_alias));
 };
+
+inline Pack<float>::Values load(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(MRCNN3D_PACK_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t Wholes __attribute__((vector_size(MRCNN3D_PACK_BYTES)));
+  const Wholes bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Wholes) << 16;
+  return reinterpret_cast<Pack<float>::Values>(bits);
+}
 #else
 template <typename T>
 struct Pack {
   typedef T Values;
 };
+
+inline float load(const BFloat16* from) { return value_of(*from); }
 #endif
+
+template <typename T>
+typename Pack<T>::Values load(const T* from) {
+  return *reinterpret_cast<const typename Pack<T>::Values*>(from);
+}
 
 // output[channel] = (with ADD, +=) the sum over the taps, PACKS packs at a time from `channel` on while they last;
 // returns the channel after them.
-template <typename T, bool ADD, int PACKS>
-int64_t weighted_sums(T* output, const T* input, const Tap<T>* taps, int64_t count, int64_t channel, int64_t channels) {
+template <typename T, bool ADD, int PACKS, typename Stored>
+int64_t weighted_sums(T* output, const Stored* input, const Tap<T>* taps, int64_t count, int64_t channel,
+                      int64_t channels) {
   using Values = typename Pack<T>::Values;
   constexpr int64_t BLOCK = PACKS * int64_t(sizeof(Values) / sizeof(T));
   for (; channel + BLOCK <= channels; channel += BLOCK) {
@@ -191,21 +221,22 @@ int64_t weighted_sums(T* output, const T* input, const Tap<T>* taps, int64_t cou
     Values sums[PACKS] = {};
     for (int k = 0; ADD && k < PACKS; ++k) sums[k] = to[k];
     for (const Tap<T>* tap = taps; tap != taps + count; ++tap) {
-      const Values* const from = reinterpret_cast<const Values*>(input + tap->offset + channel);
-      for (int k = 0; k < PACKS; ++k) sums[k] += tap->weight * from[k];
+      const Stored* const from = input + tap->offset + channel;
+      for (int k = 0; k < PACKS; ++k) sums[k] += tap->weight * load(from + k * (BLOCK / PACKS));
     }
     for (int k = 0; k < PACKS; ++k) to[k] = sums[k];
   }
   return channel;
 }
 
-template <typename T, bool ADD>
-void weighted_sum(T* output, const T* input, const Tap<T>* taps, int64_t count, int64_t channels) {
+template <typename T, bool ADD, typename Stored>
+void weighted_sum(T* output, const Stored* input, const Tap<T>* taps, int64_t count, int64_t channels) {
   int64_t channel = weighted_sums<T, ADD, 8>(output, input, taps, count, 0, channels);
+  channel = weighted_sums<T, ADD, 2>(output, input, taps, count, channel, channels);
   channel = weighted_sums<T, ADD, 1>(output, input, taps, count, channel, channels);
   for (; channel < channels; ++channel) {
     T sum = ADD ? output[channel] : T(0);
-    for (int64_t i = 0; i < count; ++i) sum += taps[i].weight * input[taps[i].offset + channel];
+    for (int64_t i = 0; i < count; ++i) sum += taps[i].weight * value_of(input[taps[i].offset + channel]);
     output[channel] = sum;
   }
 }
@@ -227,7 +258,8 @@ template <typename T>
 struct Contraction {
   Factor<T> z, y, x;
 
-  explicit Contraction(const Share<T>& share) {
+  template <typename Stored>
+  explicit Contraction(const Share<T, Stored>& share) {
     const RoIAlignCall& call = share.call;
     Factor<T>* const factors[3] = {&z, &y, &x};
     int64_t value_stride = call.channels, cell_stride = call.channels;
@@ -258,8 +290,8 @@ int64_t multiply_taps(const Factor<T>& z, int64_t z_row, const Factor<T>& y, int
 }
 
 // Sums the sources along z and y into `row`; those that are neighbours in memory in one go.
-template <typename T>
-void fill_row(const Share<T>& share, const Factor<T>& x, int64_t pairs, const T* input) {
+template <typename T, typename Stored>
+void fill_row(const Share<T, Stored>& share, const Factor<T>& x, int64_t pairs, const Stored* input) {
   for (int64_t first = 0, next; first < x.source_count; first = next) {
     const int64_t begin = x.source(first);
     next = first + 1;
@@ -270,8 +302,8 @@ void fill_row(const Share<T>& share, const Factor<T>& x, int64_t pairs, const T*
 }
 
 // Writes, or with ADD adds to, the destinations of one row along z. What has no taps becomes 0.
-template <typename T, bool ADD>
-void contract(const Share<T>& share, const Contraction<T>& by, int64_t z_row, const T* input, T* output) {
+template <bool ADD, typename T, typename Stored>
+void contract(const Share<T, Stored>& share, const Contraction<T>& by, int64_t z_row, const Stored* input, T* output) {
   const Matrix<T>& along_x = by.x.matrix;
   for (int64_t y_row = 0; y_row < by.y.matrix.rows; ++y_row) {
     T* const line = output + by.z.destination(z_row) + by.y.destination(y_row);
@@ -287,55 +319,57 @@ void contract(const Share<T>& share, const Contraction<T>& by, int64_t z_row, co
 
 // ------------------------------------------------------------------------------------------------ tasks
 
-template <typename T>
-void clear(Share<T>& share, int64_t first, int64_t count) {
+template <typename T, typename Stored>
+void clear(Share<T, Stored>& share, int64_t first, int64_t count) {
   for (int64_t i = first; i < first + count; ++i) memset(share.output(i), 0, size_t(share.channels) * sizeof(T));
 }
 
-template <typename T>
-void sample_roi(Share<T>& share, int64_t roi) {
+template <typename T, typename Stored>
+void sample_roi(Share<T, Stored>& share, int64_t roi) {
   const RoIAlignCall& call = share.call;
   const int64_t entry = call.batch_index[roi], bins = product(call.bins);
   bool seen = entry >= 0 && entry < call.entries;
   for (int a = 0; seen && a < 3; ++a) seen = weigh_axis(share, roi, a);
   if (!seen) return clear(share, roi * bins, bins);
   const Contraction<T> by(share);
-  const T* const input = share.input(entry * product(call.extent));
-  for (int64_t z = 0; z < call.bins[0]; ++z) contract<T, false>(share, by, z, input, share.output(roi * bins));
+  const Stored* const input = share.input(entry * product(call.extent));
+  for (int64_t z = 0; z < call.bins[0]; ++z) contract<false>(share, by, z, input, share.output(roi * bins));
 }
 
-// Adds a RoI's values to one z plane of its entry.
-template <typename T>
-void spread_roi(Share<T>& share, int64_t roi, int64_t plane) {
+// Adds a RoI's values to those of its entry's z planes that lie in [first, stop).
+template <typename T, typename Stored>
+void spread_roi(Share<T, Stored>& share, int64_t roi, int64_t first, int64_t stop) {
   const RoIAlignCall& call = share.call;
   const Axis<T>& z = share.space.axes[0];
-  if (!weigh_axis(share, roi, 0)) return;
+  const auto wanted = [&](int64_t row) { return first <= z.touched[row] && z.touched[row] < stop; };
+  weigh_axis(share, roi, 0);
   int64_t row = 0;
-  while (row < z.touched_count && z.touched[row] != plane) ++row;
+  while (row < z.touched_count && !wanted(row)) ++row;
   if (row == z.touched_count || !weigh_axis(share, roi, 1) || !weigh_axis(share, roi, 2)) return;
-  const T* const values = share.input(roi * product(call.bins));
+  const Contraction<T> by(share);
+  const Stored* const values = share.input(roi * product(call.bins));
   T* const maps = share.output(call.batch_index[roi] * product(call.extent));
-  contract<T, true>(share, Contraction<T>(share), row, values, maps);
+  for (; row < z.touched_count; ++row)
+    if (wanted(row)) contract<true>(share, by, row, values, maps);
 }
 
-// Adds all RoIs to one z plane, which stays in the cache meanwhile.
-template <typename T>
-void spread_to_plane(Share<T>& share, int64_t entry, int64_t plane) {
+// Adds all RoIs to a few z planes, which stay in the cache meanwhile.
+template <typename T, typename Stored>
+void spread_to_planes(Share<T, Stored>& share, int64_t entry, int64_t first, int64_t stop) {
   const RoIAlignCall& call = share.call;
   const int64_t area = call.extent[1] * call.extent[2];
-  clear(share, (entry * call.extent[0] + plane) * area, area);
+  clear(share, (entry * call.extent[0] + first) * area, (stop - first) * area);
   for (int64_t roi = 0; roi < call.rois; ++roi)
-    if (call.batch_index[roi] == entry) spread_roi(share, roi, plane);
+    if (call.batch_index[roi] == entry) spread_roi(share, roi, first, stop);
 }
 
-template <typename T>
+template <typename T, typename Stored>
 void roi_align_task(const RoIAlignPlan& plan, int64_t task, void* scratch) {
   const RoIAlignCall& call = plan.call;
   Arena arena(scratch);
   const int64_t unit = task / plan.slices, first_channel = task % plan.slices * plan.slice;
-  Share<T> share{call, first_channel, smaller(plan.slice, call.channels - first_channel), lay_out<T>(plan, arena)};
-  if (call.is_transposed)
-    spread_to_plane(share, unit / call.extent[0], unit % call.extent[0]);
-  else
-    sample_roi(share, unit);
+  Share<T, Stored> share{call, first_channel, smaller(plan.slice, call.channels - first_channel), lay_out<T>(plan, arena)};
+  if (!call.is_transposed) return sample_roi(share, unit);
+  const int64_t slabs = (call.extent[0] + plan.planes - 1) / plan.planes, first = unit % slabs * plan.planes;
+  spread_to_planes(share, unit / slabs, first, smaller(first + plan.planes, call.extent[0]));
 }

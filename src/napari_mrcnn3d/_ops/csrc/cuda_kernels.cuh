@@ -2,8 +2,8 @@
 // compiler can read the same text. Compile without contraction (-fmad=false): where RoIAlign samples and what
 // suppresses what must not depend on the device; sums use explicit fused multiply-adds.
 //
-// Every kernel runs any number of blocks (it strides over the grid); its parameters are pointers, 64-bit integers and
-// doubles only, all of eight bytes, so that a caller cannot get a width wrong. Volumes are channels last.
+// Parameters of kernels are pointers, 64-bit integers and doubles only, all of eight bytes, so that a caller cannot get
+// a width wrong. Volumes are channels last. Where there can be more work than blocks, kernels stride over the grid.
 #pragma once
 #include "common.h"
 
@@ -58,10 +58,22 @@ MRCNN3D_DEVICE void narrow(float value, BFloat16& out) {
   out.bits = static_cast<unsigned short>(value != value ? 0x7fc0u : rounded);
 }
 
-// Consecutive channels that one thread reads or writes in one go.
+// The V channels of one thread: packs of at most 16 bytes, which it reads and writes in one go. Further packs lie one
+// line of the cache further on, so that the threads beside each other still share their lines.
+constexpr int line_bytes = 128;
+
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T values[V];
+struct Pack {
+  static constexpr int size = V * sizeof(T) > 16 ? 16 / int(sizeof(T)) : V, count = V / size;
+  struct alignas(sizeof(T) * size) One {
+    T values[size];
+  };
+  One packs[count];
+
+  // Which channel from the thread's first one on.
+  static MRCNN3D_DEVICE int channel(int v) { return v / size * (line_bytes / int(sizeof(T))) + v % size; }
+  MRCNN3D_DEVICE T& operator[](int v) { return packs[v / size].values[v % size]; }
+  MRCNN3D_DEVICE const T& operator[](int v) const { return packs[v / size].values[v % size]; }
 };
 
 template <typename A, int V>
@@ -73,7 +85,7 @@ struct Sums {
   }
   template <typename T>
   MRCNN3D_DEVICE void add(A weight, const Pack<T, V>& pack) {
-    for (int v = 0; v < V; ++v) values[v] = fma(weight, A(widen(pack.values[v])), values[v]);
+    for (int v = 0; v < V; ++v) values[v] = fma(weight, A(widen(pack[v])), values[v]);
   }
   // Element by element: choosing between the structures would put them into memory.
   MRCNN3D_DEVICE void add_one_of(A weight, bool former, const Sums& a, const Sums& b) {
@@ -81,23 +93,31 @@ struct Sums {
   }
 };
 
-// Addresses within a plane are a pointer and a 32-bit offset in bytes: two instructions, where an index costs up to six.
+// Addresses within a plane are a pointer and a 32-bit offset in bytes: two instructions; an index costs up to six.
 template <typename T>
 MRCNN3D_DEVICE const T* shifted(const T* base, Bits bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + bytes);
 }
 template <typename T, int V>
 MRCNN3D_DEVICE Pack<T, V> load(const T* base, unsigned offset) {
-  return *reinterpret_cast<const Pack<T, V>*>(shifted(base, offset));
+  const T* first = shifted(base, offset);
+  Pack<T, V> pack;
+  for (int p = 0; p < pack.count; ++p) {
+    pack.packs[p] = *reinterpret_cast<const typename Pack<T, V>::One*>(shifted(first, p * line_bytes));
+  }
+  return pack;
 }
 
 // Write once, read by a later kernel: marked to leave the caches first, so that the features can stay in them.
 template <typename T, int V>
 MRCNN3D_DEVICE void store(T* address, const Pack<T, V>& pack) {
-  if constexpr (sizeof(pack) == 16) {
-    __stcs(reinterpret_cast<float4*>(address), *reinterpret_cast<const float4*>(&pack));
-  } else {
-    *reinterpret_cast<Pack<T, V>*>(address) = pack;
+  for (int p = 0; p < pack.count; ++p) {
+    T* target = address + pack.channel(p * pack.size);
+    if constexpr (sizeof(pack.packs[0]) == 16) {
+      __stcs(reinterpret_cast<float4*>(target), *reinterpret_cast<const float4*>(&pack.packs[p]));
+    } else {
+      *reinterpret_cast<typename Pack<T, V>::One*>(target) = pack.packs[p];
+    }
   }
 }
 
@@ -269,6 +289,10 @@ struct Geometry {
 
   MRCNN3D_DEVICE int slices(int vector) const { return (channels + lanes * vector - 1) / (lanes * vector); }
   MRCNN3D_DEVICE Int bins() const { return Int(z.bins) * y.bins * x.bins; }
+  template <typename T>
+  MRCNN3D_DEVICE unsigned bin_plane() const {  // bytes
+    return unsigned(y.bins * x.bins * channels) * unsigned(sizeof(T));
+  }
   MRCNN3D_DEVICE int taps() const { return (z.bins + y.bins + x.bins) * z.capacity(); }
   MRCNN3D_DEVICE Int cell(int entry, int plane, int row, int place) const {
     return ((Int(entry) * z.length + plane) * y.length + row) * x.length + place;
@@ -310,7 +334,7 @@ MRCNN3D_DEVICE void roi_align(const T* features, const typename SumOf<T>::Type* 
     }
     __syncthreads();
     for (int item = threadIdx.x; item < count * lanes; item += blockDim.x) {
-      const int column = item / lanes, channel = first_channel + item % lanes * V;
+      const int column = item / lanes, channel = first_channel + item % lanes * Pack<T, V>::size;
       if (channel >= channels) continue;
       const int index = first_column + column;
       const int in_plane = present ? y_counts[index / x.bins] * x_counts[index % x.bins] : 0;
@@ -324,7 +348,7 @@ MRCNN3D_DEVICE void roi_align(const T* features, const typename SumOf<T>::Type* 
         sums.clear();
         if (in_plane > 0) sampled.add_to(sums, taps.of(bin), taps.counts[bin]);
         Pack<T, V> pack;
-        for (int v = 0; v < V; ++v) narrow(sums.values[v], pack.values[v]);
+        for (int v = 0; v < V; ++v) narrow(sums.values[v], pack[v]);
         store(target, pack);
         target += Int(y.bins) * x.bins * channels;
       }
@@ -383,35 +407,33 @@ MRCNN3D_DEVICE void sort_axis(const Axis<A>& axis, const Tap<A>* places, Tap<A>*
   }
 }
 
-// A block sorts one RoI.
+// Each block sorts one RoI.
 template <typename A>
 MRCNN3D_DEVICE void roi_align_taps(const A* boxes, const Int* batch_index, const CellTaps<A>& sorted,
                                    const Geometry<A>& geometry) {
   static __shared__ Range range;
   const auto& [rois, batch, channels, lanes, columns, z, y, x] = geometry;
+  const int roi = blockIdx.x, capacity = z.capacity();
   Tap<A>* places = reinterpret_cast<Tap<A>*>(shared_memory);
   const BoxTaps<A> taps = {z, y, x, places, reinterpret_cast<int*>(places + geometry.taps())};
-  const int y_place = z.bins * z.capacity(), x_place = y_place + y.bins * y.capacity();
-  for (int roi = blockIdx.x; roi < rois; roi += gridDim.x) {
-    taps.fill(boxes + Int(roi) * 6);
-    if (threadIdx.x == 0) range = {{z.length, y.length, x.length}, {0, 0, 0}};
-    __syncthreads();
-    for (int place = threadIdx.x; place < geometry.taps(); place += blockDim.x) {
-      if (place % z.capacity() >= taps.counts[place / z.capacity()]) places[place].index = -1;
-    }
-    __syncthreads();
-    Tap<A>* out = sorted.taps + Int(roi) * geometry.taps();
-    List* lists = sorted.lists + Int(roi) * (z.length + y.length + x.length);
-    sort_axis(z, places, out, lists, range.low[0], range.high[0]);
-    sort_axis(y, places + y_place, out + y_place, lists + z.length, range.low[1], range.high[1]);
-    sort_axis(x, places + x_place, out + x_place, lists + z.length + y.length, range.low[2], range.high[2]);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const bool present = batch_index[roi] >= 0 && batch_index[roi] < batch;
-      const bool touches = range.low[0] < range.high[0] && range.low[1] < range.high[1] && range.low[2] < range.high[2];
-      sorted.ranges[roi] = present && touches ? range : Range{{0, 0, 0}, {0, 0, 0}};
-    }
-    __syncthreads();  // the next RoI takes the shared memory
+  taps.fill(boxes + Int(roi) * 6);
+  if (threadIdx.x == 0) range = {{z.length, y.length, x.length}, {0, 0, 0}};
+  __syncthreads();
+  for (int place = threadIdx.x; place < geometry.taps(); place += blockDim.x) {
+    if (place % capacity >= taps.counts[place / capacity]) places[place].index = -1;
+  }
+  __syncthreads();
+  Tap<A>* out = sorted.taps + Int(roi) * geometry.taps();
+  List* lists = sorted.lists + Int(roi) * (z.length + y.length + x.length);
+  const int y_place = z.bins * capacity, x_place = y_place + y.bins * capacity;
+  sort_axis(z, places, out, lists, range.low[0], range.high[0]);
+  sort_axis(y, places + y_place, out + y_place, lists + z.length, range.low[1], range.high[1]);
+  sort_axis(x, places + x_place, out + x_place, lists + z.length + y.length, range.low[2], range.high[2]);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool present = batch_index[roi] >= 0 && batch_index[roi] < batch;
+    const bool touches = range.low[0] < range.high[0] && range.low[1] < range.high[1] && range.low[2] < range.high[2];
+    sorted.ranges[roi] = present && touches ? range : Range{{0, 0, 0}, {0, 0, 0}};
   }
 }
 
@@ -460,7 +482,7 @@ MRCNN3D_DEVICE void roi_align_scatter(const T* values, const CellTaps<typename S
       const int row = range.low[1] + item / width, place = range.low[2] + item % width;
       const CrossTaps<T, V> seen = cells.template cross<V>(row, place, geometry);
       if (seen.row_count == 0 || seen.place_count == 0) continue;
-      Column<T, V, CrossTaps<T, V>> column(cells.values + channel, y.bins * x.bins * channels * unsigned(sizeof(T)), seen);
+      Column<T, V, CrossTaps<T, V>> column(cells.values + channel, geometry.template bin_plane<T>(), seen);
       A* target = out + geometry.cell(int(batch_index[roi]), range.low[0], row, place) * channels + channel;
 #pragma unroll 1
       for (int plane = range.low[0]; plane < range.high[0]; ++plane) {
@@ -495,7 +517,7 @@ MRCNN3D_DEVICE void roi_align_gather(const T* values, const CellTaps<typename Su
   const int planes = batch * z.length;
   for (int layer = blockIdx.y; layer < planes * geometry.slices(V); layer += gridDim.y) {
     const int entry = layer % planes / z.length, plane = layer % z.length;
-    const int channel = (layer / planes * lanes + int(threadIdx.x) % lanes) * V;
+    const int channel = layer / planes * lanes * V + int(threadIdx.x) % lanes * Pack<T, V>::size;
     const bool active = column_index < columns && row < y.length && place < x.length && channel < channels;
     Sums<A, V> sums;
     sums.clear();
@@ -517,7 +539,7 @@ MRCNN3D_DEVICE void roi_align_gather(const T* values, const CellTaps<typename Su
           const CrossTaps<T, V> seen = cells.template cross<V>(row, place, geometry);
           if (seen.row_count == 0 || seen.place_count == 0) continue;
           const List list = cells.z_lists[plane];
-          Column<T, V, CrossTaps<T, V>> column(cells.values + channel, y.bins * x.bins * channels * unsigned(sizeof(T)), seen);
+          Column<T, V, CrossTaps<T, V>> column(cells.values + channel, geometry.template bin_plane<T>(), seen);
           column.add_to(sums, cells.z_taps + list.first, list.count);
         }
       }
@@ -525,7 +547,7 @@ MRCNN3D_DEVICE void roi_align_gather(const T* values, const CellTaps<typename Su
     }
     if (!active) continue;
     A* target = out + geometry.cell(entry, plane, row, place) * channels + channel;
-    for (int v = 0; v < V; ++v) target[v] += sums.values[v];
+    for (int v = 0; v < V; ++v) target[Pack<T, V>::channel(v)] += sums.values[v];
   }
 }
 
@@ -573,8 +595,7 @@ struct Chunk {
 
 // 64 threads compare 64 boxes of the chunk (grid x) with those kept, 64 at a time (shared by grid y); sets the bits of
 // the suppressed.
-MRCNN3D_DEVICE void nms_drop(const Chunk& chunk, const Int* kept, const Int* kept_count, Int limit,
-                             Bits* removed) {
+MRCNN3D_DEVICE void nms_drop(const Chunk& chunk, const Int* kept, const Int* kept_count, Int limit, Bits* removed) {
   static __shared__ ScoredBox winners[word_bits];
   const Int count = *kept_count;
   if (count >= limit) return;
@@ -584,7 +605,8 @@ MRCNN3D_DEVICE void nms_drop(const Chunk& chunk, const Int* kept, const Int* kep
   for (Int first = Int(blockIdx.y) * word_bits; first < count; first += Int(gridDim.y) * word_bits) {
     if (__syncthreads_and(suppressed)) break;
     const int found = int(min(Int(word_bits), count - first));
-    if (int(threadIdx.x) < found) winners[threadIdx.x] = scored_box(chunk.boxes, chunk.groups, kept[first + threadIdx.x]);
+    if (int(threadIdx.x) < found)
+      winners[threadIdx.x] = scored_box(chunk.boxes, chunk.groups, kept[first + threadIdx.x]);
     __syncthreads();
     for (int i = 0; i < found && !suppressed; ++i) suppressed = suppresses(winners[i], box, chunk.threshold);
   }
@@ -789,9 +811,9 @@ MRCNN3D_DEVICE void paste_labels(int* voxels, const int* labels, Int count, Int 
 
 #define MRCNN3D_KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 
-#define MRCNN3D_GEOMETRY                                                                                           \
-  mrcnn3d::Int rois, mrcnn3d::Int batch, mrcnn3d::Int channels, mrcnn3d::Int lanes, mrcnn3d::Int columns,          \
-      mrcnn3d::Int bins_z, mrcnn3d::Int depth, double scale_z, mrcnn3d::Int bins_y, mrcnn3d::Int height,           \
+#define MRCNN3D_GEOMETRY                                                                                  \
+  mrcnn3d::Int rois, mrcnn3d::Int batch, mrcnn3d::Int channels, mrcnn3d::Int lanes, mrcnn3d::Int columns, \
+      mrcnn3d::Int bins_z, mrcnn3d::Int depth, double scale_z, mrcnn3d::Int bins_y, mrcnn3d::Int height,  \
       double scale_y, mrcnn3d::Int bins_x, mrcnn3d::Int width, double scale_x, mrcnn3d::Int samples
 #define MRCNN3D_GEOMETRY_OF(A)                                                                                     \
   mrcnn3d::Geometry<A> {                                                                                           \
@@ -800,42 +822,43 @@ MRCNN3D_DEVICE void paste_labels(int* voxels, const int* labels, Int count, Int 
         {int(bins_x), int(width), int(samples), A(scale_x)},                                                       \
   }
 
-#define MRCNN3D_ROI_ALIGN(name, T, A, V)                                                                         \
-  MRCNN3D_KERNEL(roi_align_##name, 416, 2)                                                                          \
-  (const T* features, const A* boxes, const mrcnn3d::Int* batch_index, T* out, MRCNN3D_GEOMETRY) {               \
-    mrcnn3d::roi_align<T, V>(features, boxes, batch_index, out, MRCNN3D_GEOMETRY_OF(A));                         \
+#define MRCNN3D_ROI_ALIGN(name, T, A, V)                                                           \
+  MRCNN3D_KERNEL(roi_align_##name, 416, 2)                                                         \
+  (const T* features, const A* boxes, const mrcnn3d::Int* batch_index, T* out, MRCNN3D_GEOMETRY) { \
+    mrcnn3d::roi_align<T, V>(features, boxes, batch_index, out, MRCNN3D_GEOMETRY_OF(A));           \
   }
-#define MRCNN3D_TAPS(name, A)                                                                                    \
-  MRCNN3D_KERNEL(roi_align_taps_##name, 256, 1)                                                                     \
-  (const A* boxes, const mrcnn3d::Int* batch_index, mrcnn3d::Tap<A>* taps, mrcnn3d::List* lists,                 \
-   mrcnn3d::Range* ranges, MRCNN3D_GEOMETRY) {                                                                   \
-    mrcnn3d::roi_align_taps<A>(boxes, batch_index, {taps, lists, ranges}, MRCNN3D_GEOMETRY_OF(A));               \
+#define MRCNN3D_TAPS(name, A)                                                                      \
+  MRCNN3D_KERNEL(roi_align_taps_##name, 256, 1)                                                    \
+  (const A* boxes, const mrcnn3d::Int* batch_index, mrcnn3d::Tap<A>* taps, mrcnn3d::List* lists,   \
+   mrcnn3d::Range* ranges, MRCNN3D_GEOMETRY) {                                                     \
+    mrcnn3d::roi_align_taps<A>(boxes, batch_index, {taps, lists, ranges}, MRCNN3D_GEOMETRY_OF(A)); \
   }
-#define MRCNN3D_SCATTER(name, T, A, V)                                                                           \
-  MRCNN3D_KERNEL(roi_align_scatter_##name, 256, 4)                                                                  \
-  (const T* values, mrcnn3d::Tap<A>* taps, mrcnn3d::List* lists, mrcnn3d::Range* ranges,                         \
-   const mrcnn3d::Int* batch_index, A* out, MRCNN3D_GEOMETRY) {                                                  \
-    mrcnn3d::roi_align_scatter<T, V>(values, {taps, lists, ranges}, batch_index, out, MRCNN3D_GEOMETRY_OF(A));   \
+#define MRCNN3D_SCATTER(name, T, A, V)                                                                         \
+  MRCNN3D_KERNEL(roi_align_scatter_##name, 256, 4)                                                             \
+  (const T* values, mrcnn3d::Tap<A>* taps, mrcnn3d::List* lists, mrcnn3d::Range* ranges,                       \
+   const mrcnn3d::Int* batch_index, A* out, MRCNN3D_GEOMETRY) {                                                \
+    mrcnn3d::roi_align_scatter<T, V>(values, {taps, lists, ranges}, batch_index, out, MRCNN3D_GEOMETRY_OF(A)); \
   }
-#define MRCNN3D_GATHER(name, T, A, V)                                                                            \
-  MRCNN3D_KERNEL(roi_align_gather_##name, mrcnn3d::gather_threads, V > 4 ? 3 : 4)                                               \
-  (const T* values, mrcnn3d::Tap<A>* taps, mrcnn3d::List* lists, mrcnn3d::Range* ranges,                         \
-   const mrcnn3d::Int* batch_index, A* out, MRCNN3D_GEOMETRY) {                                                  \
-    mrcnn3d::roi_align_gather<T, V>(values, {taps, lists, ranges}, batch_index, out, MRCNN3D_GEOMETRY_OF(A));    \
+#define MRCNN3D_GATHER(name, T, A, V)                                                                         \
+  MRCNN3D_KERNEL(roi_align_gather_##name, mrcnn3d::gather_threads, 3)                                         \
+  (const T* values, mrcnn3d::Tap<A>* taps, mrcnn3d::List* lists, mrcnn3d::Range* ranges,                      \
+   const mrcnn3d::Int* batch_index, A* out, MRCNN3D_GEOMETRY) {                                               \
+    mrcnn3d::roi_align_gather<T, V>(values, {taps, lists, ranges}, batch_index, out, MRCNN3D_GEOMETRY_OF(A)); \
   }
-#define MRCNN3D_PASTE(name, A)                                                                                   \
+#define MRCNN3D_PASTE(name, A)                                                                                      \
   MRCNN3D_KERNEL(paste_ranks_##name, 256, 3)                                                                        \
-  (const A* masks, const double* boxes, int* ranks, mrcnn3d::Int count, mrcnn3d::Int cells_z,                    \
-   mrcnn3d::Int cells_y, mrcnn3d::Int cells_x, mrcnn3d::Int depth, mrcnn3d::Int height, mrcnn3d::Int width,      \
-   double threshold) {                                                                                           \
-    const int cells[3] = {int(cells_z), int(cells_y), int(cells_x)};                                             \
-    const int extent[3] = {int(depth), int(height), int(width)};                                                 \
-    mrcnn3d::paste_ranks<A>(masks, boxes, ranks, int(count), cells, extent, A(threshold));                       \
+  (const A* masks, const double* boxes, int* ranks, mrcnn3d::Int count, mrcnn3d::Int cells_z, mrcnn3d::Int cells_y, \
+   mrcnn3d::Int cells_x, mrcnn3d::Int depth, mrcnn3d::Int height, mrcnn3d::Int width, double threshold) {           \
+    const int cells[3] = {int(cells_z), int(cells_y), int(cells_x)};                                                \
+    const int extent[3] = {int(depth), int(height), int(width)};                                                    \
+    mrcnn3d::paste_ranks<A>(masks, boxes, ranks, int(count), cells, extent, A(threshold));                          \
   }
 
-// "wide" kernels move 16 bytes at a time; scatter adds four floats, which halves load eight bytes for.
+// Wide kernels move 16 bytes at a time, the widest twice that; scatter adds four floats, for which halves load eight
+// bytes.
 MRCNN3D_ROI_ALIGN(float32, float, float, 1)
 MRCNN3D_ROI_ALIGN(float32_wide, float, float, 4)
+MRCNN3D_ROI_ALIGN(float32_widest, float, float, 8)
 MRCNN3D_ROI_ALIGN(float64, double, double, 1)
 MRCNN3D_ROI_ALIGN(float16, mrcnn3d::Float16, float, 1)
 MRCNN3D_ROI_ALIGN(float16_wide, mrcnn3d::Float16, float, 8)
@@ -855,6 +878,7 @@ MRCNN3D_SCATTER(bfloat16_wide, mrcnn3d::BFloat16, float, 4)
 
 MRCNN3D_GATHER(float32, float, float, 1)
 MRCNN3D_GATHER(float32_wide, float, float, 4)
+MRCNN3D_GATHER(float32_widest, float, float, 8)
 MRCNN3D_GATHER(float64, double, double, 1)
 MRCNN3D_GATHER(float16, mrcnn3d::Float16, float, 1)
 MRCNN3D_GATHER(float16_wide, mrcnn3d::Float16, float, 8)
