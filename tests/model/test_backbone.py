@@ -47,6 +47,29 @@ def test_group_normalisation_works_on_a_batch_of_one(channels: int) -> None:
     assert channels // norm.num_groups >= min(8, channels)
 
 
+@pytest.mark.parametrize("side", [8, 14])
+@pytest.mark.parametrize("layouts", [(0, 0), (1, 1), (0, 1), (1, 0)])
+def test_group_normalisation_of_half_precision_is_that_of_float32(side: int, layouts: tuple[int, int]) -> None:
+    """Forwards and backwards, on either side of the size where another kernel is used, whatever the memory is like."""
+    formats = [(torch.contiguous_format, torch.channels_last_3d)[kind] for kind in layouts]
+    generator = torch.Generator().manual_seed(side)
+    x, grad = torch.randn(2, 2, 16, side, side, side, generator=generator)
+    norm = norm3d("group", 16)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_(generator=generator)
+    half = x.bfloat16().to(memory_format=formats[0]).requires_grad_()
+    whole = half.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normal = norm(half)
+    found = torch.autograd.grad(normal, (half, *norm.parameters()), grad.bfloat16().to(memory_format=formats[1]))
+    expected_normal = torch.nn.functional.group_norm(whole, 2, *norm.parameters())
+    expected = torch.autograd.grad(expected_normal, (whole, *norm.parameters()), grad)
+    assert normal.dtype == found[0].dtype == torch.bfloat16
+    for one, other in zip((normal, *found), (expected_normal, *expected), strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.02, atol=0.01 * float(other.detach().abs().max()))
+
+
 def test_affine_changes_nothing_until_it_has_learnt() -> None:
     layer, x = Affine(3), torch.randn(2, 3, 2, 2, 2)
     assert torch.equal(layer(x), x)
