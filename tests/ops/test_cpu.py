@@ -242,6 +242,26 @@ def test_nms_matches_torch_bit_for_bit(
         assert kept.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("stretch", [(30.0, 1, 1), (1, 30, 1), (1, 1, 30), (4, 4, 4), (0, 0, 0)])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9])
+def test_nms_of_boxes_in_many_slabs_matches_torch(stretch: tuple[float, ...], threshold: float) -> None:
+    """Boxes in a long row along each axis, some across all of it, upside down, at an end of the numbers, or nowhere."""
+    boxes = random_boxes(3000, 7, extent=10.0, sides=(1.0, 6.0), step=0.5)
+    move = (
+        torch.rand(3000, 3, generator=torch.Generator().manual_seed(7)) * 10 * (torch.tensor(stretch) - 1).clamp(min=0)
+    )
+    boxes += move.round().repeat(1, 2)
+    boxes[::97, :3], boxes[::89, 3:] = -500, 500
+    boxes[::83] = boxes[::83].roll(3, 1)
+    boxes[::79, 3:], boxes[::73, :3] = 3e38, -INF
+    boxes[::71, 4] = NAN
+    groups = torch.arange(3000) % 2
+    for wanted in (None, groups):
+        expected = _torch.nms_sorted(boxes, threshold, wanted, None)
+        assert 50 < len(expected) < 3000
+        assert torch.equal(_cpu.nms_sorted(boxes, threshold, wanted, None), expected)
+
+
 def test_a_million_boxes() -> None:
     boxes = random_boxes(1_000_000, 0, extent=30.0)
     assert len(_cpu.nms_sorted(boxes, 0.7, None, 500)) == 500

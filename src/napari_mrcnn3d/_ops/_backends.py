@@ -11,11 +11,11 @@ from types import ModuleType
 
 import torch
 
-from napari_mrcnn3d._ops import _cpu, _torch
+from napari_mrcnn3d._ops import _cpu, _cuda, _torch
 
 logger = logging.getLogger(__name__)
 
-_COMPILED = {"cpu": _cpu}
+_COMPILED = {"cpu": _cpu, "cuda": _cuda}
 _left_out = os.environ.get("NAPARI_MRCNN3D_OPS") == "torch"
 
 

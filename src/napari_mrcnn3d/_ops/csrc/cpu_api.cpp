@@ -178,14 +178,67 @@ Candidate candidate_at(const NMSCall& call, int64_t row) {
   return one;
 }
 
+// Space cut into slabs along the axis where boxes are shortest for it. Boxes that overlap lie in a slab together, so a
+// candidate meets the kept boxes of its own slabs only; the others could not suppress it.
+class Slabs {
+ public:
+  struct Range {
+    int64_t first, stop;
+    bool has(int64_t slab) const { return first <= slab && slab < stop; }
+  };
+
+  explicit Slabs(const NMSCall& call) {
+    constexpr int64_t WORTH_IT = 1024;  // boxes, below which looking at all of them first takes too long
+    for (int axis = 0; axis < 3 && call.count >= WORTH_IT; ++axis) consider(call, axis);
+  }
+
+  int64_t count() const { return count_; }
+
+  Range of(const Candidate& one) const {
+    const int64_t first = slab_at(one.corners[axis_]), last = slab_at(one.corners[axis_ + 3]);
+    return {first, std::max(first, last) + 1};
+  }
+
+ private:
+  // Slabs as thick as the mean box, if that gives more of them than the axes before.
+  void consider(const NMSCall& call, int axis) {
+    constexpr double MOST = 64;
+    double low = INFINITY, high = -INFINITY, sides = 0;
+    int64_t finite = 0;
+    for (int64_t row = 0; row < call.count; ++row) {
+      const double from = call.boxes[row * 6 + axis], to = call.boxes[row * 6 + axis + 3];
+      if (!isfinite(from) || !isfinite(to)) continue;
+      low = std::min(low, from);
+      high = std::max(high, to);
+      sides += fabs(to - from);
+      ++finite;
+    }
+    if (!(high > low)) return;
+    const double slabs = std::min(MOST, floor((high - low) * double(finite) / sides));
+    if (!(slabs > double(count_))) return;
+    axis_ = axis;
+    low_ = low;
+    per_voxel_ = slabs / (high - low);
+    count_ = int64_t(slabs);
+  }
+
+  int64_t slab_at(float position) const {
+    const double slab = (double(position) - low_) * per_voxel_;  // outside, or no number: at an end
+    return slab > 0 ? int64_t(std::min(slab, double(count_ - 1))) : 0;
+  }
+
+  int axis_ = 0;
+  double low_ = 0, per_voxel_ = 0;
+  int64_t count_ = 1;
+};
+
 class KeptList {
  public:
   explicit KeptList(bool grouped) : grouped_(grouped) {}
 
-  int64_t count() const { return count_; }
-
-  // Where the group of lanes begins that row `row` is in.
-  static int64_t group_begin(int64_t row) { return row / LANES * LANES; }
+  // Rows, the unused lanes of the last group among them, and where that group begins (or the next, if it is full).
+  int64_t stop() const { return LANES * divide_up(count_, LANES); }
+  int64_t last_group() const { return count_ / LANES * LANES; }
 
   KeptBoxes boxes() {
     KeptBoxes view;
@@ -224,52 +277,91 @@ class KeptList {
   std::vector<int32_t> group_low_, group_high_;
 };
 
-// Some candidates, best first, and which of them are suppressed.
+// The kept boxes, slab by slab.
+struct KeptInSlabs {
+  Slabs slabs;
+  std::vector<KeptList> lists;
+  int64_t count = 0;
+
+  explicit KeptInSlabs(const NMSCall& call)
+      : slabs(call), lists(size_t(slabs.count()), KeptList(call.groups != nullptr)) {}
+
+  void add(const Candidate& one, Slabs::Range range) {
+    for (int64_t slab = range.first; slab < range.stop; ++slab) lists[size_t(slab)].add(one);
+    ++count;
+  }
+};
+
+// Some candidates, best first, in which slabs they lie, and which of them are suppressed.
 struct Block {
   std::vector<Candidate> candidates;
+  std::vector<Slabs::Range> ranges;
   std::vector<char> suppressed;
 };
 
-// Marks the candidates that a kept box hits. Threads share the candidates; each walks the kept boxes in pieces that
-// stay in its cache.
-int32_t suppress_by_kept(Block& block, KeptList& list, float threshold, int64_t threads) {
-  constexpr int64_t AT_ONCE = 32, PIECE = 1024;
-  const int64_t count = int64_t(block.candidates.size()), stop = LANES * divide_up(list.count(), LANES);
-  const KeptBoxes kept = list.boxes();
-  const auto hits = kernels().hits;
-  return run_tasks(divide_up(count, AT_ONCE), 0, threads_for(count * stop, threads), [&](int64_t task, void*) {
-    for (int64_t piece = 0; piece < stop; piece += PIECE)
-      for (int64_t i = task * AT_ONCE; i < std::min(count, (task + 1) * AT_ONCE); ++i)
-        if (!block.suppressed[i])
-          block.suppressed[i] = hits(kept, piece, std::min(stop, piece + PIECE), block.candidates[i], threshold);
+Block read_block(const NMSCall& call, const Slabs& slabs, int64_t first, int64_t stop) {
+  Block block;
+  for (int64_t row = first; row < stop; ++row) {
+    block.candidates.push_back(candidate_at(call, row));
+    block.ranges.push_back(slabs.of(block.candidates.back()));
+  }
+  block.suppressed.assign(size_t(stop - first), 0);
+  return block;
+}
+
+// Marks those of the candidates [first, stop) that a kept box of one slab hits. They walk it together, in pieces that
+// stay in the cache.
+void suppress_in_slab(Block& block, int64_t first, int64_t stop, KeptInSlabs& kept, int64_t slab, float threshold) {
+  constexpr int64_t PIECE = 1024;
+  KeptList& list = kept.lists[size_t(slab)];
+  const KeptBoxes boxes = list.boxes();
+  for (int64_t piece = 0; piece < list.stop(); piece += PIECE) {
+    const int64_t end = std::min(list.stop(), piece + PIECE);
+    for (int64_t i = first; i < stop; ++i)
+      if (!block.suppressed[i] && block.ranges[i].has(slab))
+        block.suppressed[i] = kernels().hits(boxes, piece, end, block.candidates[i], threshold);
+  }
+}
+
+// Marks the candidates that a kept box hits. Threads share the candidates.
+int32_t suppress_by_kept(Block& block, KeptInSlabs& kept, float threshold, int64_t threads) {
+  constexpr int64_t AT_ONCE = 32;
+  const int64_t count = int64_t(block.candidates.size());
+  return run_tasks(divide_up(count, AT_ONCE), 0, threads_for(count * kept.count, threads), [&](int64_t task, void*) {
+    const int64_t first = task * AT_ONCE, stop = std::min(count, first + AT_ONCE);
+    for (int64_t slab = 0; slab < kept.slabs.count(); ++slab)
+      suppress_in_slab(block, first, stop, kept, slab, threshold);
   });
 }
 
 // Decides about the rest of a block of candidates from row `first` on, one after the other.
-void suppress_among_themselves(const NMSCall& call, int64_t first, const Block& block, KeptList& list) {
-  const int64_t before = KeptList::group_begin(list.count());
-  for (size_t i = 0; i < block.candidates.size() && list.count() < call.max_keep; ++i) {
-    const int64_t stop = LANES * divide_up(list.count(), LANES);
-    if (block.suppressed[i]) continue;
-    if (kernels().hits(list.boxes(), before, stop, block.candidates[i], float(call.threshold))) continue;
-    call.kept[list.count()] = first + int64_t(i);
-    list.add(block.candidates[i]);
+void suppress_among_themselves(const NMSCall& call, int64_t first, const Block& block, KeptInSlabs& kept) {
+  std::vector<int64_t> before;  // where in each slab the boxes of this block begin, and a few others
+  for (const KeptList& list : kept.lists) before.push_back(list.last_group());
+  const auto is_hit = [&](size_t i) {
+    for (int64_t slab = block.ranges[i].first; slab < block.ranges[i].stop; ++slab) {
+      KeptList& list = kept.lists[size_t(slab)];
+      const int64_t begin = before[size_t(slab)];
+      if (kernels().hits(list.boxes(), begin, list.stop(), block.candidates[i], float(call.threshold))) return true;
+    }
+    return false;
+  };
+  for (size_t i = 0; i < block.candidates.size() && kept.count < call.max_keep; ++i) {
+    if (block.suppressed[i] || is_hit(i)) continue;
+    call.kept[kept.count] = first + int64_t(i);
+    kept.add(block.candidates[i], block.ranges[i]);
   }
 }
 
 int32_t suppress(const NMSCall& call, int64_t* found) {
   constexpr int64_t BLOCK = 512;
-  KeptList list(call.groups != nullptr);
-  Block block;
-  for (int64_t first = 0; first < call.count && list.count() < call.max_keep; first += BLOCK) {
-    const int64_t stop = std::min(call.count, first + BLOCK);
-    block.candidates.clear();
-    for (int64_t row = first; row < stop; ++row) block.candidates.push_back(candidate_at(call, row));
-    block.suppressed.assign(size_t(stop - first), 0);
-    if (const int32_t failed = suppress_by_kept(block, list, float(call.threshold), call.threads)) return failed;
-    suppress_among_themselves(call, first, block, list);
+  KeptInSlabs kept(call);
+  for (int64_t first = 0; first < call.count && kept.count < call.max_keep; first += BLOCK) {
+    Block block = read_block(call, kept.slabs, first, std::min(call.count, first + BLOCK));
+    if (const int32_t failed = suppress_by_kept(block, kept, float(call.threshold), call.threads)) return failed;
+    suppress_among_themselves(call, first, block, kept);
   }
-  *found = list.count();
+  *found = kept.count;
   return 0;
 }
 
