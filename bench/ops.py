@@ -33,6 +33,7 @@ PASTE_CASES = ((200, (20, 60), 256), (2000, (10, 30), 512))  # masks, sides of t
 CHANNELS, EXTENT = 256, 32  # of the features
 POINTS, GRAPH = 360_000, 32  # grid_sample's limits: points in all, and RoIs in a graph of single calls
 MOST_RUNS = 50
+QUICK = 0.3  # seconds; what takes longer is not run once more to warm up
 GOALS = (  # line and contender divided, line of ours that divides, ratio: at least, or at most where it is below 2
     *((f"20000 clustered, {t}", rival, f"20000 clustered, {t}", 100) for t in (0.3, 0.7) for rival in (CAREFUL, LOOP)),
     *(
@@ -122,9 +123,12 @@ def measure(group: list[Line], repeats: int, budget: float, speed: float) -> lis
     """Time the contenders of some lines in turn, until each had its repeats and its seconds; a dict for each line."""
     times: list[dict[str, list[float]]] = [{name: [] for name in line.contenders} for line in group]
     pairs = list(zip(group, times, strict=True))
-    waiting = [(line.contenders[name].run, taken) for line, lists in pairs for name, taken in lists.items()]
+    names = dict.fromkeys(name for line in group for name in line.contenders)
+    waiting = [(l.contenders[name].run, lists[name]) for name in names for l, lists in pairs if name in lists]
     while waiting:
         for run, taken in waiting:
+            if not taken or min(taken) < QUICK:
+                run()  # memory that lay idle may have gone back to the system, or to the host of a virtual machine
             taken.append(clock(run))
         waiting = [(r, t) for r, t in waiting if len(t) < repeats or (sum(t) < budget and len(t) < MOST_RUNS)]
     rows = []
