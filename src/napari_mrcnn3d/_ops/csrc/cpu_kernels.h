@@ -55,6 +55,7 @@ struct PasteCall {
 // entry may be thinner), times `slices` ranges of `slice` channels (the last may be narrower).
 struct RoIAlignPlan {
   RoIAlignCall call;
+  const int64_t* order;  // of the RoIs among the tasks; not transposed
   int64_t planes, slice, slices;
 };
 

@@ -369,7 +369,7 @@ void roi_align_task(const RoIAlignPlan& plan, int64_t task, void* scratch) {
   Arena arena(scratch);
   const int64_t unit = task / plan.slices, first_channel = task % plan.slices * plan.slice;
   Share<T, Stored> share{call, first_channel, smaller(plan.slice, call.channels - first_channel), lay_out<T>(plan, arena)};
-  if (!call.is_transposed) return sample_roi(share, unit);
+  if (!call.is_transposed) return sample_roi(share, plan.order[unit]);
   const int64_t slabs = (call.extent[0] + plan.planes - 1) / plan.planes, first = unit % slabs * plan.planes;
   spread_to_planes(share, unit / slabs, first, smaller(first + plan.planes, call.extent[0]));
 }
