@@ -17,6 +17,8 @@ from torch import Tensor
 from napari_mrcnn3d._ops import crop_and_resize_3d
 from tests.ops.helpers import few, noise, zeros_index
 
+pytestmark = pytest.mark.usefixtures("every_backend")
+
 Triple = tuple[int, int, int]
 V2 = torch.arange(1.0, 9.0).view(1, 2, 2, 2, 1)
 V3 = torch.arange(1.0, 28.0).view(1, 3, 3, 3, 1)

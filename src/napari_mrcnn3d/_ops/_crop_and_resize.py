@@ -1,4 +1,8 @@
-"""Crop and resize in plain PyTorch, with both its gradients: the predecessor's operation, without a faster form."""
+"""Crop and resize in plain PyTorch, with both its gradients: the predecessor's operation.
+
+Its gradient to the image is the transpose of a RoIAlign of boxes that sample alike, up to rounding. Forwards that
+rounding would show: the last sample is to fall exactly on the second corner.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from napari_mrcnn3d._ops._torch import full_precision
+from napari_mrcnn3d._ops._backends import kernels
+from napari_mrcnn3d._ops._torch import RoIGrid, full_precision
 
 _CORNERS = tuple(product((0, 1), repeat=3))
 """The eight voxels around a sample: 0 below and 1 above it, along each axis."""
@@ -57,7 +62,7 @@ class Lattice:
             inside = (position >= 0) & (position <= last)
             positions.append(torch.where(inside, position, 0).to(image.dtype))
             along.append(inside)
-        return cls(image, boxes, box_index.long(), tuple(positions), tuple(along))
+        return cls(image, boxes, box_index.long().contiguous(), tuple(positions), tuple(along))
 
     @property
     def inside(self) -> Tensor:
@@ -80,14 +85,17 @@ class Lattice:
 
     def gradient_to_image(self, grad: Tensor, nearest: bool) -> Tensor:
         """Every sample's gradient, added to the voxels that it came from; in the shape of the image."""
-        flat = torch.zeros_like(self.image, memory_format=torch.contiguous_format).flatten(0, 3)
-        part = self._cut(grad)
+        batch, *extent, channels = self.image.shape
         if nearest:
-            flat.index_add_(0, self._nearest_rows(), part)
-        else:
-            for corner in _CORNERS:
-                flat.index_add_(0, self._rows(corner), part * self._weights(corner)[:, None])
-        return flat.view(self.image.shape)
+            flat = torch.zeros_like(self.image, memory_format=torch.contiguous_format).flatten(0, 3)
+            return flat.index_add_(0, self._nearest_rows(), self._cut(grad)).view(self.image.shape)
+        part = self._cut(grad).view(*self._shape, channels).permute(0, 4, 1, 2, 3)
+        _, height, width, depth = self._shape
+        grid = RoIGrid((height, width, depth), (1.0, 1.0, 1.0), 1)
+        spread: Tensor = kernels(self.image.device).roi_align_transposed(
+            part, self._regions(), self.box_index, grid, (batch, channels, *extent)
+        )
+        return spread.permute(0, 2, 3, 4, 1).contiguous()
 
     def gradient_to_boxes(self, grad: Tensor) -> Tensor:
         """Slope of the trilinear values along the corners [N, 6]; on a voxel it is 0, as in the predecessor."""
@@ -105,6 +113,17 @@ class Lattice:
             in_voxels = torch.where(self.along[axis], slope, 0).to(self.boxes.dtype) * (self.image.shape[axis + 1] - 1)
             columns.append((in_voxels * (share if second else 1 - share)).sum(1))
         return torch.stack(columns, 1)
+
+    def _regions(self) -> Tensor:
+        """Boxes [N, 6] in whose bins RoIAlign's single samples are these; a bin is a step, its middle a sample."""
+        sides: list[list[Tensor]] = [[], []]
+        for axis, count in enumerate(self._shape[1:]):
+            first, second = (self.boxes[:, axis + 3 * side] * (self.image.shape[axis + 1] - 1) for side in (0, 1))
+            step = second - first if count == 1 else (second - first) / (count - 1)
+            low = first + 0.5 if count == 1 else first - step / 2 + 0.5  # the centre of voxel 0 is at one half
+            sides[0].append(low)
+            sides[1].append(low + count * step)
+        return torch.stack(sides[0] + sides[1], 1).to(self.image.dtype).contiguous()
 
     @property
     def _shape(self) -> tuple[int, ...]:
