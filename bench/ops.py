@@ -124,7 +124,7 @@ def measure(group: list[Line], repeats: int, budget: float, speed: float) -> lis
     times: list[dict[str, list[float]]] = [{name: [] for name in line.contenders} for line in group]
     pairs = list(zip(group, times, strict=True))
     names = dict.fromkeys(name for line in group for name in line.contenders)
-    waiting = [(l.contenders[name].run, lists[name]) for name in names for l, lists in pairs if name in lists]
+    waiting = [(line.contenders[name].run, lists[name]) for name in names for line, lists in pairs if name in lists]
     while waiting:
         for run, taken in waiting:
             if not taken or min(taken) < QUICK:
