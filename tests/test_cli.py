@@ -483,7 +483,9 @@ def test_progress_tells_stage_figures_and_time_left_in_lines(capsys: pytest.Capt
 def test_info_names_versions_device_and_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in (__version__, "torch", "device", "operations on cpu", "model"))
+    assert all(
+        word in said for word in (__version__, "torch", "device", "operations on cpu", "operations on cuda", "model")
+    )
 
 
 def test_selftest_passes_here(capsys: pytest.CaptureFixture[str]) -> None:

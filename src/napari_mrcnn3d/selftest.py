@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from napari_mrcnn3d import __version__, _ops
-from napari_mrcnn3d._ops import _backends, _cpu, _torch
+from napari_mrcnn3d._ops import _backends, _cpu, _cuda, _torch
 from napari_mrcnn3d.config import EmbryoConfig, ModelConfig, SelectConfig
 from napari_mrcnn3d.data.embryo import embryo_image
 from napari_mrcnn3d.device import choose_device, free_memory
@@ -76,6 +76,8 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "device", f"{device} ({chip}, {torch.get_num_threads()} threads, {free_memory(device) / 1e9:.1f} GB free)"
     for place in _devices():
         yield f"operations on {place.type}", _backends.describe(place)
+    if device.type != "cuda":
+        yield "operations on cuda", f"not used: {_cuda.problem(torch.device('cuda')) or 'another device is.'}"
     models = available_models()
     if not models:
         yield "models", "none in this installation"

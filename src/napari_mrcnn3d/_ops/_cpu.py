@@ -162,7 +162,7 @@ def describe(device: torch.device) -> str:
     """What computes, in words: the instruction set in use and whose threads."""
     instructions = _load(_LIBRARY).mrcnn3d_instruction_set().decode()
     whose = "its own" if _torch_pool() is None else "PyTorch's"
-    return f"compiled, {instructions}, {whose} threads"
+    return f"compiled ({_LIBRARY.name}), {instructions}, {whose} threads"
 
 
 @contextmanager
