@@ -72,7 +72,7 @@ def test_many_kept_boxes_are_spread_over_blocks(card: Emulation, monkeypatch: py
 # ---------------------------------------------------------------------------------------------- roi align
 
 
-def both_ways(card: Emulation, case: RoICase) -> None:
+def assert_both_ways(card: Emulation, case: RoICase) -> None:
     """Forward, and the transpose in every variant, against the reference."""
     *arguments, values = case
     shape, dtype = tuple(case.features.shape), case.features.dtype
@@ -104,7 +104,7 @@ def both_ways(card: Emulation, case: RoICase) -> None:
 def test_every_type_and_number_of_channels(
     card: Emulation, dtype: torch.dtype, channels: int, size: Triple, samples: int
 ) -> None:
-    both_ways(card, roi_case(channels, size, samples, dtype))
+    assert_both_ways(card, roi_case(channels, size, samples, dtype))
     width = 16 // dtype.itemsize
     wide = dtype != torch.float64 and channels % width == 0
     assert (f"roi_align_{str(dtype)[6:]}_wide" in card.launched) == wide
@@ -113,11 +113,11 @@ def test_every_type_and_number_of_channels(
 def test_two_lines_of_the_cache_at_a_time_where_there_is_work_enough(
     card: Emulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both_ways(card, roi_case(128, (2, 3, 2), 2))
+    assert_both_ways(card, roi_case(128, (2, 3, 2), 2))
     assert not any("widest" in name for name in card.launched)
     monkeypatch.setattr(_cuda, "_BUSY", 1)
     for case in (roi_case(128, (2, 3, 2), 2), roi_case(64, (7, 7, 7), 1), roi_case(64, (2, 3, 2), 1, torch.float16)):
-        both_ways(card, case)
+        assert_both_ways(card, case)
     widest = [name for name in card.launched if "widest" in name]
     assert widest == ["roi_align_float32_widest", "roi_align_gather_float32_widest"] * 2
 
@@ -130,12 +130,12 @@ def test_two_lines_of_the_cache_at_a_time_where_there_is_work_enough(
     seed=st.integers(0, 9999),
 )
 def test_any_geometry(card: Emulation, size: Triple, samples: int, channels: int, seed: int) -> None:
-    both_ways(card, roi_case(channels, size, samples, seed=seed))
+    assert_both_ways(card, roi_case(channels, size, samples, seed=seed))
 
 
 @pytest.mark.parametrize(("size", "samples"), [((40, 1, 1), 5), ((1, 40, 2), 2), ((2, 3, 40), 1), ((14, 14, 14), 1)])
 def test_many_bins_and_samples(card: Emulation, size: Triple, samples: int) -> None:
-    both_ways(card, roi_case(4, size, samples, count=10))
+    assert_both_ways(card, roi_case(4, size, samples, count=10))
 
 
 def test_samples_are_exactly_where_the_reference_has_them(card: Emulation) -> None:
@@ -169,12 +169,12 @@ def test_memory_of_any_layout_and_alignment(card: Emulation) -> None:
 def test_more_rois_than_a_grid_has_rows_and_tables_in_parts(card: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "_LARGEST_GRID_Y", 3)
     monkeypatch.setattr(_cuda, "_TABLE_BYTES", 5 * 500)
-    both_ways(card, roi_case(5, (2, 2, 2), 2))
+    assert_both_ways(card, roi_case(5, (2, 2, 2), 2))
     assert card.launched.count("roi_align_taps_float32") > 6
 
 
 def test_without_atomics_only_where_pytorch_is_told_to_be_deterministic(card: Emulation) -> None:
-    both_ways(card, roi_case(4, (2, 2, 2), 1))
+    assert_both_ways(card, roi_case(4, (2, 2, 2), 1))
     kinds = [name for name in card.launched if "scatter" in name or "gather" in name]
     assert kinds == ["roi_align_scatter_float32_wide", "roi_align_scatter_float32", "roi_align_gather_float32_wide"]
 

@@ -251,7 +251,7 @@ def roi_align(features: Tensor, boxes: Tensor, batch_index: Tensor, grid: RoIGri
     batch, channels, *extent = features.shape
     call = _Call(len(boxes), batch, channels, tuple(extent), grid, features.dtype)
     if not call.fits() or _columns_per_block(call, 1) == 0:
-        return _torch.roi_align(features, boxes, batch_index, grid).to(features.dtype)
+        return _torch.roi_align(features, boxes, batch_index, grid)
     out = features.new_empty((len(boxes), *grid.size, channels))
     if out.numel():
         maps = features.permute(0, 2, 3, 4, 1).contiguous()
@@ -288,7 +288,7 @@ def roi_align_transposed(
     batch, channels, *extent = shape
     call = _Call(len(boxes), batch, channels, tuple(extent), grid, values.dtype)
     if not call.fits() or _shared_bytes(call) > _SHARED_BYTES:
-        return _torch.roi_align_transposed(values, boxes, batch_index, grid, shape).to(values.dtype)
+        return _torch.roi_align_transposed(values, boxes, batch_index, grid, shape)
     out = boxes.new_zeros((batch, *extent, channels))
     if out.numel() and values.numel():
         rows = values.permute(0, 2, 3, 4, 1).contiguous()

@@ -28,11 +28,6 @@ _VOXELS_AT_ONCE = 1 << 20
 """Voxels of a mask that are interpolated in one go."""
 
 
-def problem(device: torch.device) -> str | None:
-    """Why these kernels cannot run on a device; they run on all of them."""
-    return None
-
-
 def describe(device: torch.device) -> str:
     """What computes, in words."""
     return "PyTorch"

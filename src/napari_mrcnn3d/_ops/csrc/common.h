@@ -32,6 +32,13 @@ MRCNN3D_INLINE float box_volume(const float* box) {
   return MRCNN3D_MUL(MRCNN3D_MUL(sides[0], sides[1]), sides[2]);
 }
 
+// Whether two boxes that share these sides overlap by an IoU above the threshold; not if a volume is no number.
+MRCNN3D_INLINE bool overlaps_by_more(float z, float y, float x, float volume, float other_volume, float threshold) {
+  const float intersection = MRCNN3D_MUL(MRCNN3D_MUL(z, y), x);
+  const float joined = MRCNN3D_SUB(MRCNN3D_ADD(volume, other_volume), intersection);
+  return intersection > MRCNN3D_MUL(threshold, joined);
+}
+
 // Sample `index` of bin `bin` along one axis, in cells: `start` is the RoI's lower side minus half a cell.
 template <typename T>
 MRCNN3D_INLINE T sample_position(T start, T bin_size, int bin, int index, int samples) {

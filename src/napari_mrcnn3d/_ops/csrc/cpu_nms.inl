@@ -19,9 +19,7 @@ bool hits_any(const KeptBoxes& kept, int64_t first, int64_t stop, Candidate one,
       const float z = shared_side(one.corners[0], one.corners[3], at[0][k], at[3][k]);
       const float y = shared_side(one.corners[1], one.corners[4], at[1][k], at[4][k]);
       const float x = shared_side(one.corners[2], one.corners[5], at[2][k], at[5][k]);
-      const float intersection = MRCNN3D_MUL(MRCNN3D_MUL(z, y), x);
-      const float joined = MRCNN3D_SUB(MRCNN3D_ADD(kept.volume[k], one.volume), intersection);
-      int hit = intersection > MRCNN3D_MUL(threshold, joined);
+      int hit = mrcnn3d::overlaps_by_more(z, y, x, kept.volume[k], one.volume, threshold);
       if (GROUPED) hit &= (kept.group_low[k] == one.group_low) & (kept.group_high[k] == one.group_high);
       any |= hit;
     }

@@ -20,16 +20,14 @@ MRCNN3D_DEVICE ScoredBox scored_box(const float* boxes, const Int* groups, Int i
   return {{box[0], box[1], box[2]}, box_volume(box), {box[3], box[4], box[5]}, 0.f, groups ? groups[index] : 0};
 }
 
-// Whether one of two boxes of a group suppresses the other: intersection > threshold * union, rounded as everywhere.
+// Whether one of two boxes of a group suppresses the other.
 // A coordinate that is no number makes its box's volume none, and with it the comparison false.
 MRCNN3D_DEVICE bool suppresses(const ScoredBox& a, const ScoredBox& b, float threshold) {
   float sides[3];
   for (int axis = 0; axis < 3; ++axis) {
     sides[axis] = fmaxf(MRCNN3D_SUB(fminf(a.high[axis], b.high[axis]), fmaxf(a.low[axis], b.low[axis])), 0.f);
   }
-  const float intersection = MRCNN3D_MUL(MRCNN3D_MUL(sides[0], sides[1]), sides[2]);
-  const float united = MRCNN3D_SUB(MRCNN3D_ADD(a.volume, b.volume), intersection);
-  return intersection > MRCNN3D_MUL(threshold, united) && a.group == b.group;
+  return overlaps_by_more(sides[0], sides[1], sides[2], a.volume, b.volume, threshold) && a.group == b.group;
 }
 
 // The boxes [begin, begin + size) of all.

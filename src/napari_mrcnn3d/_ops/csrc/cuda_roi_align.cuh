@@ -1,8 +1,8 @@
 // RoIAlign on CUDA.
 //
 // The mean of trilinear samples over a bin is a weighted sum over cells, whose weights are products of one weight per
-// axis. So per axis a bin is a list of taps (cell and weight), merged where samples share a cell: two samples per bin
-// and axis then cost little more than one. The transpose reads the same lists by cell instead of by bin.
+// axis. So per axis a bin is a list of taps (cell and weight), merged where samples share a cell: eight samples per
+// bin then cost far less than eight times one. The transpose reads the same lists by cell instead of by bin.
 #pragma once
 #include "cuda_basics.cuh"
 
@@ -89,31 +89,6 @@ struct PlaneTaps {
     sums.clear();
 #pragma unroll 4  // loads under way at a time; one sample per bin has just so many taps
     for (int t = 0; t < count; ++t) sums.add(taps[t].weight, load<T, V>(plane, taps[t].index));
-    return sums;
-  }
-};
-
-// The same from separate taps of the rows and of the places in them.
-template <typename T, int V>
-struct CrossTaps {
-  using A = typename SumOf<T>::Type;
-  const Tap<A>* rows;
-  const Tap<A>* places;
-  int row_count, place_count, row_step, place_step;  // steps in bytes
-
-  MRCNN3D_DEVICE Sums<A, V> sum(const T* plane) const {
-    Sums<A, V> sums;
-    sums.clear();
-#pragma unroll 1
-    for (int j = 0; j < row_count; ++j) {
-      const Tap<A> row = rows[j];
-#pragma unroll 2
-      for (int i = 0; i < place_count; ++i) {
-        const Tap<A> place = places[i];
-        const unsigned offset = row.index * row_step + place.index * place_step;
-        sums.add(row.weight * place.weight, load<T, V>(plane, offset));
-      }
-    }
     return sums;
   }
 };

@@ -16,6 +16,31 @@ struct Range {
   int low[3], high[3];
 };
 
+// As PlaneTaps, from separate taps of the rows and of the places in them.
+template <typename T, int V>
+struct CrossTaps {
+  using A = typename SumOf<T>::Type;
+  const Tap<A>* rows;
+  const Tap<A>* places;
+  int row_count, place_count, row_step, place_step;  // steps in bytes
+
+  MRCNN3D_DEVICE Sums<A, V> sum(const T* plane) const {
+    Sums<A, V> sums;
+    sums.clear();
+#pragma unroll 1
+    for (int j = 0; j < row_count; ++j) {
+      const Tap<A> row = rows[j];
+#pragma unroll 2
+      for (int i = 0; i < place_count; ++i) {
+        const Tap<A> place = places[i];
+        const unsigned offset = row.index * row_step + place.index * place_step;
+        sums.add(row.weight * place.weight, load<T, V>(plane, offset));
+      }
+    }
+    return sums;
+  }
+};
+
 // The taps of all RoIs by cell.
 template <typename A>
 struct CellTaps {
